@@ -1,0 +1,1 @@
+"""Measurements, each a module with --quick and --json FILE; and the assets they share."""

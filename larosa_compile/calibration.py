@@ -1,0 +1,179 @@
+"""`calibrate`: a model and some text in, a recipe out."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+import larosa_compile
+from larosa_compile import registry
+from larosa_compile.allocation import Coefficients, Rotation, allocate
+from larosa_compile.capture import Boxed, Captured, boxed, capture
+from larosa_compile.errors import InferenceOnlyError, OptionError, RecipeError
+from larosa_compile.moments import Moments, observe
+from larosa_compile.passes.analysis import analyse
+from larosa_compile.recipe import JSON, Recipe, SiteRecipe
+
+Batches = str | Iterable[str] | Iterable[Tensor]
+"""Token ids `[batch, tokens]` or `[tokens]`, or texts, for which a tokenizer is needed."""
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer: text in, a mapping with `input_ids` out."""
+
+    def __call__(self, text: str) -> Mapping[str, Any]: ...
+
+
+def calibrate(
+    model: torch.nn.Module,
+    batches: Batches,
+    sparsity: float = 0.5,
+    *,
+    tokenizer: Tokenizer | None = None,
+    context: int = 1024,
+    rotation: Rotation = "layer",
+    coefficients: Coefficients | None = None,
+    search: Batches | None = None,
+    progress: bool = True,
+) -> Recipe:
+    """Measures a model on some text; the recipe is also remembered for a bare `torch.compile` of that model.
+
+    Runs the captured graph over the batches once, summing second moments of the normalised stream activations
+    in float64; nothing else is kept. Their eigenvectors are the rotations.
+
+    Args:
+        model: in eval mode, on its device; called as `model(input_ids=ids, use_cache=False)`.
+        batches: token ids [batch, tokens], or texts; texts are joined and cut into windows of `context` tokens.
+        sparsity: nominal share of activations to drop, in [0, 1).
+        tokenizer: turns texts into token ids; needed for texts only.
+        context: window length for texts, in tokens.
+        rotation: "layer" (the paper's: one basis a layer), "model", a number of layers a basis, or "none".
+        coefficients: site sparsity per unit of nominal sparsity by kind; the paper's values by default.
+        search: held-out batches to choose the coefficients on instead (paper: Algorithm 1, one pair per kind).
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        InferenceOnlyError: the model is in training mode.
+        OptionError: an argument is out of range, or texts came without a tokenizer.
+        RecipeError: there was nothing to calibrate (no batches, or no residual stream in the model).
+
+    Source: LaRoSA (arXiv 2507.01299) sections 3.2-3.4.
+    """
+    if model.training:
+        raise InferenceOnlyError("the model is in training mode; call model.eval() before calibrating it")
+    if not 0 <= sparsity < 1:
+        raise OptionError(f"sparsity must lie in [0, 1), got {sparsity}")
+    ids = list(token_batches(batches, tokenizer, context))
+    if not ids:
+        raise RecipeError("there is nothing to calibrate on: batches held no token; pass token ids or texts")
+
+    sites: dict[str, SiteRecipe] = {}
+    moments = Moments()
+    observed = _observing(model, sites, moments, sparsity, coefficients or Coefficients(), rotation)
+    with torch.no_grad(), Progress(console=Console(stderr=True), disable=not _shown(progress)) as bar:
+        for batch in bar.track(ids, description="calibrating"):
+            observed(input_ids=batch, use_cache=False)
+        if not sites:
+            raise RecipeError("no linear of this model feeds a residual stream, so there is no site to make sparse")
+        eigen = bar.add_task("eigenvectors", total=None)
+        rotations = moments.rotations()
+        bar.remove_task(eigen)
+
+    recipe = Recipe(sparsity, sites, rotations, _fingerprint(model), _provenance(ids, rotation))
+    if search is not None:
+        from larosa_compile.search import best_coefficients
+
+        recipe = best_coefficients(model, recipe, list(token_batches(search, tokenizer, context)), progress=progress)
+    registry.remember_recipe(model, recipe)
+    return recipe
+
+
+def token_batches(batches: Batches, tokenizer: Tokenizer | None, context: int) -> Iterator[Tensor]:
+    """Token ids `[batch, tokens]`, one batch at a time; texts are joined and cut into windows, the rest dropped.
+
+    Raises:
+        OptionError: a text without a tokenizer, or an item that is neither text nor an integer tensor.
+    """
+    items = [batches] if isinstance(batches, str) else list(batches)
+    if any(isinstance(item, str) for item in items):
+        if tokenizer is None:
+            raise OptionError("batches are texts; pass tokenizer=… as well, or pass token ids")
+        tokens: list[int] = []
+        for item in items:
+            tokens += tokenizer(str(item))["input_ids"]
+        yield from _windows(tokens, context)
+        return
+    for item in items:
+        if not isinstance(item, Tensor) or item.is_floating_point() or item.ndim not in (1, 2):
+            raise OptionError(f"a batch must be a text or an integer tensor [batch, tokens], got {_described(item)}")
+        yield item.reshape(-1, item.shape[-1])
+
+
+def _windows(tokens: Sequence[int], context: int) -> Iterator[Tensor]:
+    if context < 1:
+        raise OptionError(f"context must be at least 1 token, got {context}")
+    if len(tokens) < context:
+        windows = [tokens] if tokens else []
+    else:
+        windows = [tokens[start : start + context] for start in range(0, len(tokens) - context + 1, context)]
+    yield from (torch.tensor([window]) for window in windows)
+
+
+def _described(item: object) -> str:
+    return f"{item.dtype} {tuple(item.shape)}" if isinstance(item, Tensor) else type(item).__name__
+
+
+def _observing(
+    model: torch.nn.Module,
+    sites: dict[str, SiteRecipe],
+    moments: Moments,
+    sparsity: float,
+    coefficients: Coefficients,
+    rotation: Rotation,
+) -> Any:
+    """The model compiled so that its own graphs report to `moments`; fills `sites` as graphs are captured."""
+
+    def observe_graph(captured: Captured) -> Boxed:
+        facts = analyse(captured.graph)
+        found = allocate(facts, sparsity, coefficients, rotation)
+        sites.update(found)
+        bases = {name: found[name].basis for name in facts.readers if name in found}
+        observe(facts, {name: basis for name, basis in bases.items() if basis is not None}, moments)
+        module = captured.graph.module
+        return boxed(lambda inputs: module(*inputs))
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        return capture(graph, example_inputs, observe_graph)
+
+    return torch.compile(model, backend=backend)
+
+
+def _fingerprint(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Every name of every parameter, tied ones included: a graph may know a tied weight by any of them."""
+    return {path: tuple(p.shape) for path, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _provenance(ids: list[Tensor], rotation: Rotation) -> dict[str, JSON]:
+    digest = hashlib.sha256()
+    for batch in ids:
+        digest.update(batch.cpu().to(torch.int64).numpy().tobytes())
+    return {
+        "tokens": sum(batch.numel() for batch in ids),
+        "windows": sum(batch.shape[0] for batch in ids),
+        "text_digest": digest.hexdigest(),
+        "rotation": rotation,
+        "versions": {
+            "larosa_compile": larosa_compile.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _shown(progress: bool) -> bool:
+    return progress and Console(stderr=True).is_terminal

@@ -1,0 +1,100 @@
+"""Config: the options of `torch.compile(model, backend="larosa", options={...})`, checked and frozen."""
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, TypeAlias, cast, get_args
+
+from larosa_compile.errors import OptionError
+from larosa_compile.recipe import Recipe
+
+Lowering: TypeAlias = Literal["inductor", "eager"]
+
+DUMP_VARIABLE = "LAROSA_DUMP"
+"""Environment variable that stands in for the option `dump`."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the backend was asked to do.
+
+    Attributes:
+        recipe: what calibration measured; None when none was given. As an option also the path of a file.
+        dump: folder to write the graphs and the report to; None writes nothing.
+        lowering: "inductor" compiles the rewritten graph; "eager" runs it with the ops' reference
+            definitions, for debugging.
+    """
+
+    recipe: Recipe | None = None
+    dump: Path | None = None
+    lowering: Lowering = "inductor"
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, object] | None = None) -> "Config":
+        """Check the options dict of `torch.compile`; None is the same as no options.
+
+        The option `dump` defaults to the environment variable LAROSA_DUMP.
+
+        Raises:
+            OptionError: an option is unknown, or its value has the wrong type.
+            RecipeError: `recipe` is a path that holds no valid recipe.
+        """
+        if options is None:
+            options = {}
+        if not isinstance(options, Mapping):
+            raise OptionError(f"options must be a mapping, got {type(options).__name__}")
+        for name in options:
+            _check_known(name)
+        return cls(
+            recipe=_recipe(options.get("recipe")),
+            dump=_dump(options.get("dump", os.environ.get(DUMP_VARIABLE) or None)),
+            lowering=_lowering(options.get("lowering", "inductor")),
+        )
+
+
+def _check_known(name: object) -> None:
+    known = sorted(field.name for field in fields(Config))
+    if name in known:
+        return
+    nearest = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise OptionError(f"unknown option {name!r}; expected one of {', '.join(map(repr, known))}{hint}")
+
+
+def _recipe(value: object) -> Recipe | None:
+    if value is None or isinstance(value, Recipe):
+        return value
+    path = _path("recipe", value, "a Recipe, the path of a recipe file, or None")
+    try:
+        stat = path.stat()
+    except OSError:
+        # The reader says best what is wrong with the path.
+        return Recipe.load(path)
+    return _loaded(path.absolute(), stat.st_mtime_ns, stat.st_size)
+
+
+# The backend parses its options once per graph. Time and size are in the key so that a file written anew is
+# read anew; the rotations are memory-mapped, so an entry holds little.
+@lru_cache(maxsize=4)
+def _loaded(path: Path, mtime_ns: int, size: int) -> Recipe:
+    return Recipe.load(path)
+
+
+def _dump(value: object) -> Path | None:
+    return None if value is None else _path("dump", value, "the path of a folder, or None")
+
+
+def _path(name: str, value: object, allowed: str) -> Path:
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise OptionError(f"option {name!r} must be {allowed}, got {value!r}")
+    return Path(value)
+
+
+def _lowering(value: object) -> Lowering:
+    allowed = get_args(Lowering)
+    if value not in allowed:
+        raise OptionError(f"option 'lowering' must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return cast(Lowering, value)

@@ -1,0 +1,276 @@
+"""Recipe: what calibration measured on one model, independent of any graph or device.
+
+A recipe says which linears drop how much of their input and in which orthonormal basis. It is a value: the
+methods return new recipes. The layout of the file is in `recipe_file.py`.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from larosa_compile import recipe_file
+from larosa_compile.errors import RecipeError, RecipeMismatchError
+
+JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
+"""What the provenance of a recipe may be made of."""
+
+MAX_SPARSITY = 0.99
+"""Where a derived site sparsity is clipped: a site that keeps nothing would be a constant."""
+
+ORTHOGONALITY_TOLERANCE = 1e-4
+"""Largest |QᵀQ - I| accepted; a float32 rounding of an exact Q stays two orders of magnitude below."""
+
+
+KINDS = ("reader", "writer", "other")
+
+
+@dataclass(frozen=True)
+class SiteRecipe:
+    """How the input of one linear is sparsified.
+
+    Attributes:
+        sparsity: fraction of the input's features set to zero, in [0, 1).
+        coefficient: sparsity of this site per unit of nominal sparsity.
+        basis: key of the rotation the input is sparsified in; None is the activation's own basis.
+        kind: what the linear does, for coefficients by kind: "reader" and "writer" of a residual stream, "other".
+
+    Raises:
+        RecipeError: a number is out of range or not finite.
+    """
+
+    sparsity: float
+    coefficient: float
+    basis: str | None = None
+    kind: str = "other"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sparsity", _checked_sparsity(self.sparsity))
+        coefficient = _checked_number("coefficient", self.coefficient)
+        if coefficient < 0:
+            raise RecipeError(f"coefficient must be at least 0, got {coefficient}")
+        object.__setattr__(self, "coefficient", coefficient)
+        if self.basis is not None and not isinstance(self.basis, str):
+            raise RecipeError(f"basis must be the key of a rotation or None, got {self.basis!r}")
+        if self.kind not in KINDS:
+            raise RecipeError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Recipe:
+    """Sparsity and basis of every site of one model.
+
+    Attributes:
+        sparsity: the nominal sparsity the sites were derived from, in [0, 1).
+        sites: by the parameter path of the linear's weight, e.g. "model.layers.0.self_attn.q_proj.weight".
+        rotations: by basis key, Q `[d, d]` float32 with eigenvectors as columns, eigenvalues descending.
+            Rows rotate as `x @ Q`. Kept on the CPU, contiguous.
+        parameters: parameter path -> shape of the calibrated model, its fingerprint.
+        calibration: provenance (tokens, digest of the text, versions, ...), anything JSON can hold.
+
+    Raises:
+        RecipeError: a number is not finite or out of range, a Q is not square, float32 and orthogonal, a
+            site names a basis that is missing or that does not fit the site's weight.
+    """
+
+    sparsity: float
+    sites: Mapping[str, SiteRecipe]
+    rotations: Mapping[str, Tensor]
+    parameters: Mapping[str, tuple[int, ...]]
+    calibration: Mapping[str, JSON]
+
+    def __post_init__(self) -> None:
+        rotations = {key: _checked_rotation(key, q) for key, q in self.rotations.items()}
+        parameters = {path: tuple(int(size) for size in shape) for path, shape in self.parameters.items()}
+        try:
+            # Through JSON and back, so that a loaded recipe holds exactly what the saved one held.
+            calibration = json.loads(json.dumps(self.calibration, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"calibration must hold finite JSON values only: {error}") from error
+        _check_sites(self.sites, rotations, parameters)
+        object.__setattr__(self, "sparsity", _checked_sparsity(self.sparsity))
+        object.__setattr__(self, "sites", dict(self.sites))
+        object.__setattr__(self, "rotations", rotations)
+        object.__setattr__(self, "parameters", parameters)
+        object.__setattr__(self, "calibration", calibration)
+
+    def with_sparsity(self, sparsity: float) -> "Recipe":
+        """Return the recipe at another nominal sparsity; each site gets `min(coefficient * sparsity, 0.99)`.
+
+        Raises:
+            RecipeError: `sparsity` is not in [0, 1).
+        """
+        nominal = _checked_sparsity(sparsity)
+        sites = {
+            path: replace(site, sparsity=min(site.coefficient * nominal, MAX_SPARSITY))
+            for path, site in self.sites.items()
+        }
+        return self._changed(sparsity=nominal, sites=sites)
+
+    def with_coefficients(self, coefficients: Mapping[str, float]) -> "Recipe":
+        """Return the recipe with other coefficients by kind, at the same nominal sparsity.
+
+        Raises:
+            RecipeError: a coefficient is negative or not finite.
+        """
+        sites = {
+            path: replace(site, coefficient=coefficients.get(site.kind, site.coefficient))
+            for path, site in self.sites.items()
+        }
+        return self._changed(sites=sites).with_sparsity(self.sparsity)
+
+    def without_rotation(self) -> "Recipe":
+        """Return the recipe with every site in its own basis: plain magnitude sparsity, the baseline."""
+        sites = {path: replace(site, basis=None) for path, site in self.sites.items()}
+        return self._changed(sites=sites, rotations={})
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex SHA-256 over everything the recipe holds, independent of the order of its mappings."""
+        canonical = json.dumps(self.header(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        sha = hashlib.sha256(canonical.encode())
+        for key in sorted(self.rotations):
+            q = self.rotations[key]
+            sha.update(f"\n{key} {tuple(q.shape)}\n".encode())
+            sha.update(q.numpy().data)
+        return sha.hexdigest()
+
+    def header(self) -> dict[str, JSON]:
+        """Return everything but the rotations, as JSON values."""
+        return {
+            "sparsity": self.sparsity,
+            "sites": {path: dataclasses.asdict(site) for path, site in self.sites.items()},
+            "parameters": {path: list(shape) for path, shape in self.parameters.items()},
+            "calibration": self.calibration,
+        }
+
+    def check_parameters(self, found: Mapping[str, tuple[int, ...]]) -> None:
+        """Check that the parameters of a graph belong to the model this recipe was measured on.
+
+        A graph may hold only a part of the model, so parameters that it lacks are no difference.
+
+        Args:
+            found: parameter path -> shape, as met in the graph.
+
+        Raises:
+            RecipeMismatchError: a path is unknown to the recipe, or its shape differs.
+        """
+        differences = [
+            f"{path}: found {list(shape)}, "
+            + (f"expected {list(self.parameters[path])}" if path in self.parameters else "not in the recipe")
+            for path, shape in found.items()
+            if self.parameters.get(path) != tuple(shape)
+        ]
+        if differences:
+            more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+            raise RecipeMismatchError(
+                f"the recipe was measured on another model: {'; '.join(differences[:3])}{more}. "
+                "Calibrate this model, or load the recipe that belongs to it."
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the recipe to one safetensors file, atomically; an existing file is replaced.
+
+        Raises:
+            RecipeError: the folder does not exist.
+        """
+        recipe_file.write(Path(path), self.header(), self.rotations, self.digest)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Recipe":
+        """Read a recipe that `save` wrote.
+
+        Raises:
+            RecipeError: the file is missing, damaged, of another schema, or not a recipe.
+        """
+        source = Path(path)
+        header, rotations, digest = recipe_file.read(source)
+        try:
+            recipe = _from_header(header, rotations)
+        except RecipeError as error:
+            raise RecipeError(f"{source} holds an invalid recipe: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise recipe_file.damaged(source, f"its header cannot be read ({error!r})") from error
+        if recipe.digest != digest:
+            raise recipe_file.damaged(source, f"its contents have digest {recipe.digest[:12]}, it says {digest[:12]!r}")
+        return recipe
+
+    def __repr__(self) -> str:
+        return (
+            f"Recipe(sparsity={self.sparsity:g}, sites={len(self.sites)}, bases={len(self.rotations)}, "
+            f"digest={self.digest[:12]})"
+        )
+
+    def _changed(self, **fields: object) -> "Recipe":
+        # Not dataclasses.replace: its __init__ would prove every rotation orthogonal again, O(d³) each.
+        twin = copy.copy(self)
+        twin.__dict__.pop("digest", None)
+        twin.__dict__.update(fields)
+        return twin
+
+
+def _from_header(header: Mapping[str, Any], rotations: Mapping[str, Tensor]) -> Recipe:
+    sites = {path: SiteRecipe(**site) for path, site in header["sites"].items()}
+    return Recipe(**{**header, "sites": sites, "rotations": rotations})
+
+
+def _checked_number(what: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise RecipeError(f"{what} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _checked_sparsity(value: object) -> float:
+    sparsity = _checked_number("sparsity", value)
+    if not 0 <= sparsity < 1:
+        raise RecipeError(f"sparsity must lie in [0, 1), got {sparsity}")
+    return sparsity
+
+
+def _checked_rotation(key: str, q: Tensor) -> Tensor:
+    """Return Q `[d, d]` on the CPU and contiguous (eigensolvers return it column-major), or raise."""
+    if not isinstance(q, Tensor) or q.dtype != torch.float32:
+        given = q.dtype if isinstance(q, Tensor) else type(q).__name__
+        raise RecipeError(f"rotation {key!r} must be a float32 tensor, got {given}")
+    if q.ndim != 2 or q.shape[0] != q.shape[1] or not q.numel():
+        raise RecipeError(f"rotation {key!r} must be square, got shape {list(q.shape)}")
+    q = q.detach().cpu().contiguous()
+    if not torch.isfinite(q).all():
+        raise RecipeError(f"rotation {key!r} must be finite, got NaN or infinity; calibrate again")
+    wide = q.double()
+    defect = float((wide.T @ wide).sub_(torch.eye(len(q), dtype=torch.float64)).abs().max())
+    if defect > ORTHOGONALITY_TOLERANCE:
+        raise RecipeError(
+            f"rotation {key!r} must be orthogonal, got max |QᵀQ - I| = {defect:.2e} where "
+            f"{ORTHOGONALITY_TOLERANCE:.0e} is allowed; calibrate again"
+        )
+    return q
+
+
+def _check_sites(
+    sites: Mapping[str, SiteRecipe],
+    rotations: Mapping[str, Tensor],
+    parameters: Mapping[str, tuple[int, ...]],
+) -> None:
+    for path, site in sites.items():
+        if site.basis is None:
+            continue
+        if site.basis not in rotations:
+            raise RecipeError(f"site {path!r} names the basis {site.basis!r}, which has no rotation")
+        # A linear keeps its weight as [out, in] or as [in, out]; the recipe does not say which.
+        size, shape = len(rotations[site.basis]), parameters.get(path)
+        if shape is not None and size not in shape:
+            raise RecipeError(
+                f"site {path!r} has a weight of shape {list(shape)}, "
+                f"which does not fit the {size} features of basis {site.basis!r}"
+            )

@@ -1,0 +1,42 @@
+"""What this process knows about a model, held by its parameters and gone with them: its recipe, its reports."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+if TYPE_CHECKING:
+    from larosa_compile.recipe import Recipe
+    from larosa_compile.report import GraphReport
+
+_recipes: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_reports: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def remember_recipe(model: torch.nn.Module, recipe: "Recipe") -> None:
+    """Makes `recipe` the one that a compile of `model` without options uses."""
+    known = {id(known): known for known in (recipe_of([p]) for p in model.parameters()) if known is not None}
+    for parameter in model.parameters():
+        _recipes[parameter] = recipe
+    if known:
+        # graphs compiled from the old recipe are equal to Dynamo's eye: same model, same backend, same options
+        torch._dynamo.reset()
+
+
+def recipe_of(parameters: Iterable[Tensor]) -> "Recipe | None":
+    """The recipe of the first parameter that has one."""
+    return next((_recipes[parameter] for parameter in parameters if parameter in _recipes), None)
+
+
+def add_report(parameters: Iterable[Tensor], report: "GraphReport") -> None:
+    """Keeps a graph's report with the first of its parameters."""
+    first = next(iter(parameters), None)
+    if first is not None:
+        _reports.setdefault(first, []).append(report)
+
+
+def reports_of(parameters: Iterable[Tensor]) -> "list[GraphReport]":
+    """Reports of every graph compiled from these parameters, oldest first."""
+    return [report for parameter in parameters for report in _reports.get(parameter, [])]

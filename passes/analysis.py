@@ -1,0 +1,61 @@
+"""All facts of one graph. Calibration and compilation both start here, so they see the same sites."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch.fx import Node
+
+from larosa_compile.passes.graph import ParameterGraph, Refusal
+from larosa_compile.passes.linears import ActivationGroup, Linear, find_linears, group_by_activation
+from larosa_compile.passes.streams import Stream, StreamReader, find_streams
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """groups: every linear site, by the activation it reads. streams: residual streams. refusals: the rest."""
+
+    graph: ParameterGraph
+    groups: list[ActivationGroup]
+    streams: list[Stream]
+    refusals: list[Refusal]
+
+    @cached_property
+    def linears(self) -> list[Linear]:
+        return [linear for group in self.groups for linear in group.linears]
+
+    @cached_property
+    def readers(self) -> dict[str, StreamReader]:
+        """Group name -> the stream reader it is."""
+        return {reader.group.name: reader for stream in self.streams for reader in stream.readers}
+
+    @cached_property
+    def reading_streams(self) -> set[str]:
+        """Paths of the linears that read a stream."""
+        return {linear.path for reader in self.readers.values() for linear in reader.group.linears}
+
+    @cached_property
+    def writers(self) -> set[str]:
+        """Paths of the linears that write to a stream."""
+        return {linear.path for stream in self.streams for linear in stream.writers.values()}
+
+    @cached_property
+    def feeding_streams(self) -> set[str]:
+        """Paths of linears inside a residual block: what they compute reaches a stream.
+
+        A linear that does not (a language model's head) is not part of the method's decoder layers.
+        """
+        seen: set[Node] = set()
+        pending = [node for stream in self.streams for node in stream.nodes]
+        while pending:
+            node = pending.pop()
+            if node not in seen:
+                seen.add(node)
+                pending.extend(node.all_input_nodes)
+        return {linear.path for linear in self.linears if linear.product in seen}
+
+
+def analyse(graph: ParameterGraph) -> GraphFacts:
+    """Linear sites, activation groups and residual streams of an ATen graph; changes nothing."""
+    linears, refusals = find_linears(graph)
+    groups = group_by_activation(linears)
+    return GraphFacts(graph, groups, find_streams(graph, groups), refusals)

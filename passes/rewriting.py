@@ -1,0 +1,111 @@
+"""Building nodes: every new node carries its fake value, every new weight is a named extra input of the graph."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from larosa_compile.passes.algebra import Rotations
+from larosa_compile.passes.graph import ParameterGraph, aten, prims, rotation_operands, value
+from larosa_compile.passes.parameters import Parameters
+
+
+@dataclass(frozen=True)
+class FoldedTensor:
+    """A weight computed from parameters and rotations, to be passed to the graph as an extra input.
+
+    key: spells everything the value depends on but the parameters' contents and the recipe.
+    paths: the parameters it is made of. build: computes it in float64 and rounds once, to `dtype`.
+    """
+
+    key: str
+    paths: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    build: Callable[[Parameters, Rotations], torch.Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass
+class GraphEditor:
+    """Edits one ATen graph in place; collects the folded tensors its new placeholders stand for."""
+
+    source: ParameterGraph
+    fake_mode: FakeTensorMode
+    folded: dict[Node, FoldedTensor] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> Graph:
+        return self.source.graph
+
+    def call(self, name: str, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        """Adds a call at the current insertion point."""
+        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        fakes = map_arg((args, kwargs), lambda operand: operand.meta["val"])
+        with self.fake_mode:
+            node.meta["val"] = target(*fakes[0], **fakes[1])
+        return node
+
+    def folded_input(self, name: str, tensor: FoldedTensor) -> Node:
+        """The placeholder of a folded tensor; the same one when it is asked for again."""
+        for node, known in self.folded.items():
+            if known.key == tensor.key:
+                return node
+        last = next(node for node in reversed(self.graph.nodes) if node.op == "placeholder")
+        with self.graph.inserting_after(last):
+            node = self.graph.create_node("placeholder", name, name=name)
+            node.target = node.name  # a valid identifier by now
+        with self.fake_mode:
+            node.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        self.folded[node] = tensor
+        return node
+
+    def drop_dead(self) -> None:
+        """Erases what nothing reads any more, folded inputs included."""
+        self.graph.eliminate_dead_code()
+        for node in [node for node in self.folded if not node.users]:
+            del self.folded[node]
+            self.graph.erase_node(node)
+
+    def replay(self, chain: tuple[Node, ...], onto: Node) -> Node:
+        """Copies a chain of single-tensor operations so that it starts from `onto`."""
+        for step in chain:
+            (previous,) = rotation_operands(step)
+            assert callable(step.target)
+            args = tuple(onto if operand is previous else operand for operand in step.args)
+            onto = self.call(f"{step.name}_unscaled", step.target, *args, **step.kwargs)
+        return onto
+
+    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+        if node.meta["val"].dtype == dtype:
+            return node
+        return self.call(f"{node.name}_cast", prims.convert_element_type.default, node, dtype)
+
+    def as_rows(self, node: Node) -> Node:
+        """`[..., features]` seen as `[rows, features]`."""
+        fake = value(node)
+        assert fake is not None
+        return (
+            node if fake.ndim == 2 else self.call(f"{node.name}_rows", aten.reshape.default, node, [-1, fake.shape[-1]])
+        )
+
+    def like(self, rows: Node, model: Node) -> Node:
+        """`[rows, features]` seen in the shape of `model`, whose sizes may be symbolic."""
+        fake = value(model)
+        assert fake is not None
+        if fake.ndim == 2:
+            return rows
+        sizes = [
+            size if isinstance(size, int) else self.call(f"{model.name}_size", aten.sym_size.int, model, dim)
+            for dim, size in enumerate(fake.shape)
+        ]
+        return self.call(f"{rows.name}_shaped", aten.reshape.default, rows, sizes)

@@ -1,0 +1,1 @@
+"""Independent references and small graphs for the tests."""

@@ -1,0 +1,60 @@
+"""LaRoSA as an eager simulation on a decoder of transformers: `x → x Q → Top-K → Qᵀ → dense linear`.
+
+Independent of the package: module hooks, torch.topk and the recipe's numbers. This file may know module names.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def keep_largest(x: Tensor, k: int) -> Tensor:
+    """Zeroes all but the k entries of largest magnitude of every row; ties with the k-th stay."""
+    magnitude = x.abs()
+    threshold = magnitude.topk(k, dim=-1).values[..., -1:]
+    return torch.where(magnitude >= threshold, x, torch.zeros_like(x))
+
+
+def sparse_input(x: Tensor, sparsity: float, scale: Tensor | None = None, rotation: Tensor | None = None) -> Tensor:
+    """What a linear sees under the method; x [..., features], after the norm's scale."""
+    k = max(1, round((1 - sparsity) * x.shape[-1]))
+    z = x if scale is None else x / scale
+    z = z if rotation is None else z @ rotation.to(x.dtype)
+    z = keep_largest(z, k)
+    z = z if rotation is None else z @ rotation.to(x.dtype).T
+    return z if scale is None else z * scale
+
+
+@contextlib.contextmanager
+def simulated(model: torch.nn.Module, recipe: Any) -> Iterator[torch.nn.Module]:
+    """Within the context, calls of `model` are sparse as `recipe` says, by hooks on its linears."""
+    handles = []
+    for name, module in model.named_modules():
+        site = recipe.sites.get(f"{name}.weight")
+        if site is None:
+            continue
+        rotation = recipe.rotations[site.basis] if site.basis is not None else None
+        scale = None
+        if rotation is not None:
+            layer = model.get_submodule(name.rsplit(".", 2)[0])
+            norm = layer.input_layernorm if "attn" in name else layer.post_attention_layernorm
+            scale = norm.weight.detach()
+
+        def hook(
+            _: torch.nn.Module,
+            inputs: tuple[Tensor, ...],
+            sparsity: float = site.sparsity,
+            scale: Tensor | None = scale,
+            rotation: Tensor | None = rotation,
+        ) -> tuple[Tensor]:
+            return (sparse_input(inputs[0], sparsity, scale, rotation),)
+
+        handles.append(module.register_forward_pre_hook(hook))
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
