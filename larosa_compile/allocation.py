@@ -45,7 +45,7 @@ def allocate(
             if linear.path not in facts.feeding_streams:
                 continue
             kind = "writer" if linear.path in facts.writers else "other"
-            if group.name in facts.readers:
+            if facts.reader_of(group) is not None:
                 kind = "reader"
             coefficient = coefficients.by_kind[kind]
             dropped = min(coefficient * sparsity, MAX_SPARSITY)

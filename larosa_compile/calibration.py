@@ -142,8 +142,7 @@ def _observing(
         facts = analyse(captured.graph)
         found = allocate(facts, sparsity, coefficients, rotation)
         sites.update(found)
-        bases = {name: found[name].basis for name in facts.readers if name in found}
-        observe(facts, {name: basis for name, basis in bases.items() if basis is not None}, moments)
+        observe(facts, {path: site.basis for path, site in found.items()}, moments)
         module = captured.graph.module
         return boxed(lambda inputs: module(*inputs))
 

@@ -1,5 +1,7 @@
 """Second moments of stream activations, streamed over batches: what the rotations are computed from."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -33,14 +35,15 @@ def _descending_eigenvectors(moment: Tensor) -> Tensor:
     return vectors * largest.sign()
 
 
-def observe(facts: GraphFacts, bases: dict[str, str], moments: Moments) -> None:
+def observe(facts: GraphFacts, bases: Mapping[str, str | None], moments: Moments) -> None:
     """Makes the graph itself report what each rotated reader group sees, before the norm's scale.
 
-    bases: name of a reader group -> its basis; readers that share a basis add up.
+    bases: path of a linear -> its basis, None where it is not rotated; readers that share a basis add up.
     """
     graph = facts.graph.graph
-    for name, basis in bases.items():
-        source = facts.readers[name].source
-        with graph.inserting_after(source):
-            graph.call_function(moments.add, (basis, source))
+    for reader in facts.readers:
+        basis = bases.get(reader.group.name)
+        if basis is not None:
+            with graph.inserting_after(reader.source):
+                graph.call_function(moments.add, (basis, reader.source))
     facts.graph.module.recompile()

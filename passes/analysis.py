@@ -24,14 +24,17 @@ class GraphFacts:
         return [linear for group in self.groups for linear in group.linears]
 
     @cached_property
-    def readers(self) -> dict[str, StreamReader]:
-        """Group name -> the stream reader it is."""
-        return {reader.group.name: reader for stream in self.streams for reader in stream.readers}
+    def readers(self) -> list[StreamReader]:
+        """Every reader of every stream. A shared weight may read more than once, in groups of one name."""
+        return [reader for stream in self.streams for reader in stream.readers]
 
     @cached_property
-    def reading_streams(self) -> set[str]:
-        """Paths of the linears that read a stream."""
-        return {linear.path for reader in self.readers.values() for linear in reader.group.linears}
+    def _reader_by_group(self) -> dict[int, StreamReader]:
+        return {id(reader.group): reader for reader in self.readers}
+
+    def reader_of(self, group: ActivationGroup) -> StreamReader | None:
+        """How this very group reads a stream, or None."""
+        return self._reader_by_group.get(id(group))
 
     @cached_property
     def writers(self) -> set[str]:

@@ -16,10 +16,11 @@ from torch.fx import Node
 from larosa_compile.passes.algebra import Basis, Rotations, fold_bias, fold_weight, matrix
 from larosa_compile.passes.graph import aten, is_call, value
 from larosa_compile.passes.linears import Linear
+from larosa_compile.passes.norms import is_squared_length
 from larosa_compile.passes.parameters import ParameterExpression, Parameters, parameter_expression
 from larosa_compile.passes.plan import Plan, Site
 from larosa_compile.passes.rewriting import FoldedTensor, GraphEditor
-from larosa_compile.passes.rotate import OnlineRotation, rotate_node
+from larosa_compile.passes.rotate import OnlineRotation
 from larosa_compile.passes.streams import StreamReader
 
 
@@ -69,9 +70,11 @@ def _fold_site(editor: GraphEditor, plan: Plan, site: Site, online: list[OnlineR
 
     first = group.linears[0].product
     with editor.graph.inserting_before(first):
-        activation = group.activation
+        # not `group.activation`: a rotation, or the product of another site, may stand in its place by now
+        activation = first.args[-2]
+        assert isinstance(activation, Node)
         if reader:
-            activation = _operand_in_basis(editor, plan, reader, site.basis)
+            activation = _operand_in_basis(plan, reader, site.basis, online)
             activation = editor.replay(group.chain, activation) if scale else activation
             activation = editor.cast(activation, value(group.activation).dtype)  # type: ignore[union-attr]
         weight = editor.folded_input(f"weight {group.name}", _packed_weight(folds))
@@ -97,12 +100,11 @@ def _only_rotation_of(product: Node, online: list[OnlineRotation]) -> OnlineRota
     return found[0] if len(found) == 1 and set(product.users) == {found[0].product} else None
 
 
-def _operand_in_basis(editor: GraphEditor, plan: Plan, reader: StreamReader, basis: Basis) -> Node:
+def _operand_in_basis(plan: Plan, reader: StreamReader, basis: Basis, online: list[OnlineRotation]) -> Node:
     """What the reader sees, before the rotation back to the model's basis and before the norm's scale."""
-    start = plan.bases[reader.source]
-    if start == basis:
+    if plan.bases[reader.source] == basis:
         return reader.source
-    return rotate_node(editor, reader.source, start, basis).result
+    return next(made.result for made in online if made.source is reader.source and made.end == basis)
 
 
 def _packed_weight(folds: list[LinearFold]) -> FoldedTensor:
@@ -152,7 +154,8 @@ def _fold_tables(editor: GraphEditor, online: list[OnlineRotation]) -> None:
     """
     for rotation in online:
         lookup = rotation.source
-        if not is_call(lookup, aten.embedding.default) or set(lookup.users) != {rotation.product}:
+        seen_by = {user for user in lookup.users if not is_squared_length(user, lookup)}
+        if not is_call(lookup, aten.embedding.default) or not seen_by <= {rotation.product, rotation.product.args[0]}:
             continue
         operand = lookup.args[0]
         fake, table = value(operand), parameter_expression(operand, editor.source)

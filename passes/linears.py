@@ -80,7 +80,7 @@ def find_linears(graph: ParameterGraph) -> tuple[list[Linear], list[Refusal]]:
             elif found is not None:
                 refusals.append(found)
         elif is_call(node, aten.bmm.default, aten.baddbmm.default):
-            weight = next(filter(None, (parameter_expression(operand, graph) for operand in node.args)), None)
+            weight = next(filter(None, (parameter_expression(operand, graph) for operand in node.args[-2:])), None)
             if weight is not None:
                 refusals.append(
                     Refusal(weight.path, "a batched product with a parameter is not supported; it stays dense")
@@ -96,11 +96,11 @@ def _linear(node: Node, graph: ParameterGraph) -> Linear | Refusal | None:
         return None
     bias = None
     if biases:
-        bias = parameter_expression(biases[0], graph)
+        bias, bias_fake = parameter_expression(biases[0], graph), value(biases[0])
         if any(node.kwargs.get(factor, 1) != 1 for factor in ("alpha", "beta")):
             return Refusal(weight.path, "addmm with alpha or beta other than 1 is not supported; it stays dense")
-        if bias is None or width(biases[0]) != width(node):
-            return Refusal(weight.path, "its bias is computed, or broadcast along features; it stays dense")
+        if bias is None or bias_fake is None or bias_fake.numel() != width(node):
+            return Refusal(weight.path, "its bias is computed, or is not one number per feature; it stays dense")
     return Linear(node, activation, weight, bias, int(shape.shape[0]), int(shape.shape[1]))
 
 

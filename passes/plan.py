@@ -17,7 +17,6 @@ from larosa_compile.passes.graph import Refusal, aten, is_call, rotation_operand
 from larosa_compile.passes.linears import ActivationGroup, Linear
 from larosa_compile.passes.streams import Stream, StreamReader, carried_from
 
-
 _NO_SITE = "the recipe has no such site"
 _NOT_IN_A_BLOCK = "what it computes feeds no residual stream (a head); the method leaves it dense"
 
@@ -76,11 +75,11 @@ def make_plan(facts: GraphFacts, choices: Mapping[str, SiteChoice]) -> Plan:
     sites: list[Site] = []
     refusals = list(facts.refusals)
     for group in facts.groups:
-        reader = facts.readers.get(group.name)
+        reader = facts.reader_of(group)
         members: dict[tuple[float, Basis], list[Linear]] = {}
         for linear in group.linears:
             choice = choices.get(linear.path)
-            reason = _refuse(linear, choice, facts)
+            reason = _refuse(linear, choice, reader, facts)
             if choice is None or reason:
                 refusals.append(Refusal(linear.path, reason or _NO_SITE))
                 continue
@@ -95,10 +94,10 @@ def make_plan(facts: GraphFacts, choices: Mapping[str, SiteChoice]) -> Plan:
     return Plan(facts, tuple(sites), bases, tuple(refusals))
 
 
-def _refuse(linear: Linear, choice: SiteChoice | None, facts: GraphFacts) -> str | None:
+def _refuse(linear: Linear, choice: SiteChoice | None, reader: StreamReader | None, facts: GraphFacts) -> str | None:
     if choice is None:
         return _NO_SITE if linear.path in facts.feeding_streams else _NOT_IN_A_BLOCK
-    if choice.basis is not None and linear.path not in facts.reading_streams:
+    if choice.basis is not None and reader is None:
         return f"the recipe rotates its input to basis '{choice.basis}', but in this graph it reads no residual stream"
     fake = value(linear.product)
     assert fake is not None
@@ -128,7 +127,7 @@ def _assign_bases(stream: Stream, sites: list[Site]) -> dict[Node, Basis]:
     foldable = {linear.product for site in sites for linear in site.group.linears}
     for node in stream.nodes:
         # a sum of embeddings is rotated once, after the add, rather than each of its terms
-        if is_call(node, aten.add.Tensor) and all(
+        if is_call(node, aten.add.Tensor, aten.sub.Tensor) and all(
             bases[entry] is None and entry not in foldable for entry in map(carried_from, rotation_operands(node))
         ):
             bases[node] = None

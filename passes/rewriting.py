@@ -47,6 +47,12 @@ class GraphEditor:
     def graph(self) -> Graph:
         return self.source.graph
 
+    @property
+    def last_input(self) -> Node:
+        """The last placeholder; what reads any input stands after it."""
+        placeholders: list[Node] = [node for node in self.graph.nodes if node.op == "placeholder"]
+        return placeholders[-1]
+
     def call(self, name: str, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """Adds a call at the current insertion point."""
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
@@ -60,8 +66,7 @@ class GraphEditor:
         for node, known in self.folded.items():
             if known.key == tensor.key:
                 return node
-        last = next(node for node in reversed(self.graph.nodes) if node.op == "placeholder")
-        with self.graph.inserting_after(last):
+        with self.graph.inserting_after(self.last_input):
             node = self.graph.create_node("placeholder", name, name=name)
             node.target = node.name  # a valid identifier by now
         with self.fake_mode:

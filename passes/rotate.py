@@ -47,6 +47,12 @@ def insert_rotations(editor: GraphEditor, plan: Plan) -> list[OnlineRotation]:
                     if (node, end) not in made:
                         made[node, end] = rotate_node(editor, node, start, end)
                     user.replace_input_with(node, made[node, end].result)
+    for site in plan.sites:
+        # what `fold` reads instead of the rotation back to the model's basis
+        if site.reader is not None:
+            node, start = site.reader.source, plan.bases[site.reader.source]
+            if start != site.basis and (node, site.basis) not in made:
+                made[node, site.basis] = rotate_node(editor, node, start, site.basis)
     return list(made.values())
 
 
@@ -63,7 +69,9 @@ def rotate_node(editor: GraphEditor, node: Node, start: Basis, end: Basis) -> On
     features = int(fake.shape[-1])
     adapter = FoldedTensor(f"{name} {fake.dtype}", (), (features, features), fake.dtype, fake.device, build)
     adapter_node = editor.folded_input(name, adapter)
-    with editor.graph.inserting_after(node):
+    # an input is followed by other inputs, its matrix among them
+    after = node if node.op != "placeholder" else editor.last_input
+    with editor.graph.inserting_after(after):
         anchor = editor.call("rotate_here", aten.alias.default, node)
     with editor.graph.inserting_before(anchor):
         product = editor.call(f"{node.name}_rotated", aten.mm.default, editor.as_rows(node), adapter_node)

@@ -81,7 +81,9 @@ def find_streams(graph: ParameterGraph, groups: list[ActivationGroup]) -> list[S
     streams = []
     for index, nodes in members.items():
         writers = {node: products[node] for node in nodes if node in products}
-        adds = any(len(rotation_operands(node)) > 1 for node in nodes if is_call(node, aten.add.Tensor))
+        adds = any(
+            len(rotation_operands(node)) > 1 for node in nodes if is_call(node, aten.add.Tensor, aten.sub.Tensor)
+        )
         if adds and writers and index in readers:
             features = width(nodes[0])
             assert features is not None

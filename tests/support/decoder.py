@@ -110,7 +110,8 @@ def simulate(
         owner, _, name = path.removesuffix(".weight").rpartition(".")
         parent = model.get_submodule(owner)
         first = name in ("q", "k", "v") or getattr(parent, "parallel", False)
-        scale = getattr(parent.norm_1 if first else parent.norm_2, "weight", None) if choice.basis else None
+        norm = getattr(parent, "norm_1" if first else "norm_2", None)
+        scale = getattr(norm, "weight", None) if choice.basis else None
         linear = parent.get_submodule(name)
 
         def sparse(linear: nn.Module, args: tuple[Tensor], choice: Any = choice, scale: Any = scale) -> Tensor:
@@ -123,7 +124,7 @@ def simulate(
 
         linear.register_forward_pre_hook(sparse)
     with torch.no_grad():
-        return list(model(*inputs))
+        return list(model(*(x.double() if x.is_floating_point() else x for x in inputs)))
 
 
 def error(actual: list[Tensor], exact: list[Tensor]) -> float:

@@ -17,7 +17,9 @@ SIZES = {
 }
 
 
-def tiny_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: object) -> PreTrainedModel:
+def tiny_model(
+    architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: object
+) -> PreTrainedModel:
     """A small model with every norm scale and bias moved away from one and zero, so that a wrong fold shows."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(architecture, **(SIZES | sizes))

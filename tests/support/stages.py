@@ -94,9 +94,7 @@ def checked_build(tensor: FoldedTensor, parameters: Mapping[str, Tensor], rotati
     return built
 
 
-def check_stages(
-    module: nn.Module, choices: Mapping[str, Choice], ids: Tensor, later: Tensor | None = None
-) -> Stages:
+def check_stages(module: nn.Module, choices: Mapping[str, Choice], ids: Tensor, later: Tensor | None = None) -> Stages:
     """Exact up to Top-K, then what the simulation says. `later`: other sizes than the captured ones."""
     stages = Stages(module, choices, ids, dynamic=later is not None)
     inputs = ids if later is None else later
@@ -106,5 +104,3 @@ def check_stages(
     errors = {stage: error(found, sparse if stage == "sparsify" else dense) for stage, found in results.items()}
     assert max(errors.values()) <= bound, (errors, bound)
     return stages
-
-

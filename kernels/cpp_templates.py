@@ -1,0 +1,145 @@
+"""Inductor C++ templates of the two ops. The C++ itself is in `templates/`, one file per kernel."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import jinja2
+import torch
+import torch._inductor.lowering  # imported first: starting from codegen.cpp_template is a circular import
+from torch._inductor import ir
+from torch._inductor.codegen.cpp import get_export_declaration
+from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
+from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
+from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.virtualized import V, ops
+
+from larosa_compile.kernels import heuristics
+
+TEMPLATE_FOLDER = Path(__file__).parent / "templates"
+_environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER), undefined=jinja2.StrictUndefined, autoescape=False
+)
+
+
+@dataclass
+class _Store:
+    """Where a kernel's result goes, after the pointwise nodes that Inductor fused behind it."""
+
+    result: ir.Buffer  # what the epilogues read, before any of them ran
+    target: ir.Buffer  # what the kernel's output pointer writes
+    target_2d: ir.IRNode  # `target` seen with the result's [rows, columns]
+    epilogues: list[ir.IRNode] = field(default_factory=list)
+    reindexers: list[Callable[[list[Any]], list[Any]] | None] = field(default_factory=list)
+    aliases: list[str] = field(default_factory=list)  # buffers that live only in the kernel's tile
+
+
+def _plan_store(
+    output: ir.Buffer, epilogue_nodes: Sequence[ir.IRNode] | None, has_other_users: bool, dtype: torch.dtype
+) -> _Store:
+    store = _Store(result=output, target=output, target_2d=output)
+    if not epilogue_nodes:
+        return store
+    if has_other_users:
+        # Someone else reads the result itself: a first epilogue stores it, from a buffer of another name.
+        raw = ir.Buffer(name=f"{output.get_name()}_raw", layout=output.layout)
+        load = raw.make_loader()
+        copy = ir.Pointwise(
+            device=output.get_device_or_error(),
+            dtype=dtype,
+            inner_fn=lambda index: ops.to_dtype(load(index), dtype),
+            ranges=output.get_size(),
+        )
+        store.epilogues.append(ir.ComputedBuffer(name=output.get_name(), layout=output.layout, data=copy))
+        store.reindexers.append(None)
+        store.result = raw
+    store.aliases.append(store.result.get_name())
+    store.epilogues.extend(epilogue_nodes)
+    target = epilogue_nodes[-1]
+    assert isinstance(target, ir.Buffer)
+    store.target = target
+    store.target_2d, store.reindexers = gen_2d_view_of_epilogue_buf(
+        target, output, list(epilogue_nodes), store.reindexers, [None] * len(epilogue_nodes)
+    )
+    return store
+
+
+class RowTemplate(CppTemplate):
+    """A kernel that selects inside a row: renders `file` and fuses the pointwise nodes that read its result."""
+
+    name: str
+    file: str
+
+    def __init__(self, inputs: list[ir.IRNode], layout: ir.Layout, threads: int, k: int) -> None:
+        super().__init__(self.name, inputs, layout, threads)
+        self.k = k
+
+    def constants(self) -> dict[str, Any]:
+        """What the template file needs beyond the common names."""
+        raise NotImplementedError
+
+    def render(  # type: ignore[override]
+        self,
+        kernel: CppTemplateKernel,
+        template_buffer_node: ir.CppTemplateBuffer | None = None,
+        flag_template_buffer_has_other_users: bool | None = None,
+        epilogue_nodes: list[ir.IRNode] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        output = template_buffer_node or self.output_node  # the latter while Inductor tries the template out
+        assert isinstance(output, ir.Buffer)
+        dtype = self.layout.dtype
+        store = _plan_store(output, epilogue_nodes, bool(flag_template_buffer_has_other_users), dtype)
+        x = self.input_nodes[0]
+        names = {
+            "template": self,
+            "kernel": kernel,
+            # C++ helpers carry the kernel's name: with the C++ wrapper all kernels share one file
+            "name": f"{kernel.kernel_name}_{self.name}",
+            "X": x,
+            "Y": store.target,
+            "Y_2d": store.target_2d,
+            "Out": store.result,
+            "epilogues": store.epilogues,
+            "reindexers": store.reindexers,
+            "aliases": {alias: store.target.get_name() for alias in store.aliases},
+            "export_declaration": get_export_declaration(),
+            "x_type": DTYPE_TO_CPP[dtype],
+            "bits_type": "int16_t" if dtype.itemsize == 2 else "int32_t",
+            "dtype": dtype,
+            "k": self.k,
+            "features": int(x.get_size()[1]),
+            "threads": self.num_threads,
+            **self.constants(),
+        }
+        with contextlib.ExitStack() as stack:
+            if store.result is not output:
+                stack.enter_context(patch.object(V.graph, "get_dtype", self._fake_get_dtype(store.result)))
+            return _environment.get_template(self.file).render(names)
+
+
+class SparseGemvTemplate(RowTemplate):
+    """One row x [1, in] times weight_t [in, out], reading only the kept weight rows; sums in float32."""
+
+    name = "larosa_sparse_gemv"
+    file = "sparse_gemv.cpp.jinja"
+
+    def constants(self) -> dict[str, Any]:
+        weight = self.input_nodes[1]
+        columns = int(weight.get_size()[1])
+        part, chunk = heuristics.gemv_split(columns, self.num_threads)
+        return {"W": weight, "columns": columns, "part": part, "chunk": chunk, "rows_at_a_time": 8}
+
+
+class SparsifyTemplate(RowTemplate):
+    """x [rows, features] with everything outside each row's Top-K set to zero; rows in parallel."""
+
+    name = "larosa_sparsify"
+    file = "sparsify.cpp.jinja"
+
+    def constants(self) -> dict[str, Any]:
+        return {"parallel_from": heuristics.MIN_PARALLEL_ENTRIES}

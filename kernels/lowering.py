@@ -1,0 +1,79 @@
+"""Inductor lowerings of `torch.ops.larosa`; importing this module registers them.
+
+sparse_linear, CPU, one row     -> SparseGemvTemplate, which never reads a dropped weight row
+sparse_linear, CPU, more rows   -> SparsifyTemplate, then Inductor's own mm over the same weight
+sparsify, CPU                   -> SparsifyTemplate
+any other device or dtype       -> the eager op
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch._inductor import ir
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+from torch._inductor.select_algorithm import realize_inputs
+from torch._inductor.utils import has_free_symbols, parallel_num_threads
+from torch._inductor.virtualized import V
+
+from larosa_compile.kernels import heuristics, ops
+from larosa_compile.kernels.cpp_templates import RowTemplate, SparseGemvTemplate, SparsifyTemplate
+from larosa_compile.kernels.reference import MAGNITUDE_VIEWS
+
+
+def _output(template: RowTemplate) -> ir.TensorBox:
+    choices: list[ir.ChoiceCaller] = []
+    error = template.maybe_append_choice(choices)
+    if error is not None:
+        raise error
+    return choices[0].output_node()
+
+
+def _eager(op: torch._ops.OpOverload, *args: ir.TensorBox | int) -> ir.TensorBox:
+    call: Callable[..., ir.TensorBox] = fallback_handler(op, add_to_fallback_set=False)
+    return call(*args)
+
+
+def _has_templates(x: ir.TensorBox) -> bool:
+    """Whether the C++ templates cover this input: its device, its dtype and a static feature count."""
+    return (
+        x.get_device_or_error().type == "cpu"
+        and x.get_dtype() in MAGNITUDE_VIEWS
+        and not has_free_symbols(x.get_size()[1:])
+    )
+
+
+def _sparsify_rows(x: ir.TensorBox, k: int) -> ir.TensorBox:
+    x = realize_inputs(x)
+    layout = ir.FixedLayout(x.get_device_or_error(), x.get_dtype(), list(x.get_size()))
+    return _output(SparsifyTemplate([x], layout, parallel_num_threads(), k))
+
+
+def _sparse_gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.TensorBox:
+    x = realize_inputs(x)
+    # not `require_stride1`: it accepts a transposed view, whose unit stride runs down the rows
+    weight = ir.ExternKernel.require_contiguous(realize_inputs(weight_t))
+    columns = int(weight_t.get_size()[1])
+    layout = ir.FixedLayout(x.get_device_or_error(), x.get_dtype(), [1, columns])
+    threads = heuristics.gemv_threads(k, columns, x.get_dtype().itemsize, parallel_num_threads())
+    return _output(SparseGemvTemplate([x, weight], layout, threads, k))
+
+
+@register_lowering(ops.sparsify, type_promotion_kind=None)
+def lower_sparsify(x: ir.TensorBox, k: int) -> ir.TensorBox:
+    if not _has_templates(x):
+        return _eager(ops.sparsify, x, k)
+    return _sparsify_rows(x, k)
+
+
+@register_lowering(ops.sparse_linear, type_promotion_kind=None)
+def lower_sparse_linear(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.TensorBox:
+    # the fake op has tied the two sizes; this makes the shared one static again under dynamic shapes
+    features = V.graph.sizevars.check_equals_and_simplify(x.get_size()[1], weight_t.get_size()[0])
+    if not _has_templates(x) or has_free_symbols(weight_t.get_size()):
+        return _eager(ops.sparse_linear, x, weight_t, k)
+    if x.get_size()[0] == 1 and pick_vec_isa():
+        return _sparse_gemv(x, weight_t, k)
+    kept = x if k == features else _sparsify_rows(x, k)
+    product: ir.TensorBox = lowerings[torch.ops.aten.mm.default](kept, weight_t)
+    return product

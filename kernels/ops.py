@@ -1,0 +1,62 @@
+"""`torch.ops.larosa`: the two ops the compiler sees. Eager runs the reference; `lowering` is for Inductor.
+
+    larosa::sparsify(Tensor x, int k) -> Tensor                        x [rows, features]
+    larosa::sparse_linear(Tensor x, Tensor weight_t, int k) -> Tensor  x [rows, in], weight_t [in, out]
+
+Inference only: neither op has a backward. Results are contiguous and never alias an input. `k == features`
+keeps everything, i.e. the dense result. Weights are taken to be finite: whether a dropped 0 meets an infinite
+weight (and makes NaN) is left open.
+"""
+
+import torch
+from torch import Tensor
+
+from larosa_compile.kernels import reference
+
+# A Library object rather than `custom_op`: no Python autograd wrapper stands in the eager call. It must stay
+# referenced, because its registrations die with it.
+_library = torch.library.Library("larosa", "DEF")
+_library.define("sparsify(Tensor x, int k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define("sparse_linear(Tensor x, Tensor weight_t, int k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _sparsify(x: Tensor, k: int) -> Tensor:
+    reference.check_k(k, x.shape[1])
+    if k == x.shape[1]:
+        return x.clone(memory_format=torch.contiguous_format)
+    return reference.sparsify(x, k).contiguous()
+
+
+def _sparse_linear(x: Tensor, weight_t: Tensor, k: int) -> Tensor:
+    reference.check_k(k, x.shape[1])
+    return x @ weight_t if k == x.shape[1] else reference.sparse_linear(x, weight_t, k)
+
+
+def _sparsify_fake(x: Tensor, k: int) -> Tensor:
+    torch._check(x.dim() == 2, lambda: f"x must be [rows, features], got {tuple(x.shape)}")
+    torch._check(1 <= k, lambda: f"k must be at least 1, got {k}")
+    torch._check(k <= x.shape[1], lambda: f"k must be at most features = {x.shape[1]}, got {k}")
+    return x.new_empty(x.shape)
+
+
+def _sparse_linear_fake(x: Tensor, weight_t: Tensor, k: int) -> Tensor:
+    torch._check(x.dim() == 2, lambda: f"x must be [rows, in], got {tuple(x.shape)}")
+    torch._check(weight_t.dim() == 2, lambda: f"weight_t must be [in, out], got {tuple(weight_t.shape)}")
+    torch._check(x.dtype == weight_t.dtype, lambda: f"x is {x.dtype} but weight_t is {weight_t.dtype}")
+    # also what ties a dynamic x.shape[1] to the weight's static size
+    torch._check(
+        x.shape[1] == weight_t.shape[0],
+        lambda: f"x has {x.shape[1]} features but weight_t has {weight_t.shape[0]} rows",
+    )
+    torch._check(1 <= k, lambda: f"k must be at least 1, got {k}")
+    torch._check(k <= weight_t.shape[0], lambda: f"k must be at most in = {weight_t.shape[0]}, got {k}")
+    return x.new_empty(x.shape[0], weight_t.shape[1])
+
+
+_library.impl("sparsify", _sparsify, "CompositeExplicitAutograd")
+_library.impl("sparse_linear", _sparse_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("larosa::sparsify", _sparsify_fake, lib=_library)
+torch.library.register_fake("larosa::sparse_linear", _sparse_linear_fake, lib=_library)
+
+sparsify = torch.ops.larosa.sparsify.default
+sparse_linear = torch.ops.larosa.sparse_linear.default

@@ -1,0 +1,83 @@
+"""The meaning of every op, in plain torch: exact Top-K selection by magnitude, and the linear that reads it.
+
+Selection compares magnitude *bits*: for IEEE-style floats with the sign cleared, integer order is magnitude
+order, ties and subnormals are exact, and NaN sorts above infinity. A NaN is therefore always kept: it propagates.
+"""
+
+import torch
+from torch import Tensor
+
+# floating dtype -> (integer dtype of the same width, mask that clears the sign)
+MAGNITUDE_VIEWS: dict[torch.dtype, tuple[torch.dtype, int]] = {
+    torch.bfloat16: (torch.int16, 0x7FFF),
+    torch.float16: (torch.int16, 0x7FFF),
+    torch.float32: (torch.int32, 0x7FFF_FFFF),
+}
+
+
+def check_k(k: int, features: int) -> None:
+    """Raise ValueError unless `k` entries can be kept out of `features`."""
+    if not 1 <= k <= features:
+        raise ValueError(f"k must lie in [1, features] = [1, {features}], got {k}")
+
+
+def magnitude_bits(x: Tensor) -> Tensor:
+    """Integer whose order is the order of |x|.
+
+    Args:
+        x: any shape; bfloat16, float16 or float32.
+
+    Returns:
+        int16 (16-bit dtypes) or int32, shaped like `x`, never negative.
+
+    Raises:
+        TypeError: for any other dtype.
+    """
+    if x.dtype not in MAGNITUDE_VIEWS:
+        allowed = ", ".join(str(dtype) for dtype in MAGNITUDE_VIEWS)
+        raise TypeError(f"x must be one of {allowed}, got {x.dtype}")
+    integer, mask = MAGNITUDE_VIEWS[x.dtype]
+    return x.view(integer) & mask
+
+
+def keep_mask(x: Tensor, k: int) -> Tensor:
+    """Which entries of each row are kept: magnitude at least that of the k-th largest, so ties are all kept.
+
+    Args:
+        x: [..., features]; bfloat16, float16 or float32.
+        k: how many entries a row keeps at least.
+
+    Returns:
+        bool, shaped like `x`; at least `k` true entries per row, and every NaN.
+
+    Raises:
+        ValueError: `k` outside [1, features].
+        TypeError: unsupported dtype.
+    """
+    check_k(k, x.shape[-1])
+    bits = magnitude_bits(x)
+    kth_largest = bits.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    return bits >= kth_largest
+
+
+def sparsify(x: Tensor, k: int) -> Tensor:
+    """`x` with everything outside `keep_mask(x, k)` set to zero; same shape and dtype, same errors."""
+    return torch.where(keep_mask(x, k), x, 0)
+
+
+def sparse_linear(x: Tensor, weight_t: Tensor, k: int) -> Tensor:
+    """`sparsify(x, k) @ weight_t`.
+
+    Args:
+        x: [rows, in].
+        weight_t: [in, out] in the dtype of `x`; transposed, so that a dropped input is a row never read.
+        k: entries kept per row, 1 <= k <= in.
+
+    Returns:
+        [rows, out] in the dtype of `x`.
+
+    Raises:
+        ValueError: `k` outside [1, in].
+        TypeError: unsupported dtype.
+    """
+    return sparsify(x, k) @ weight_t

@@ -1,1 +1,0 @@
-"""Independent references and small graphs for the tests."""

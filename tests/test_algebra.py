@@ -1,0 +1,91 @@
+"""The folds are identities of linear algebra: a folded linear on rotated features is the linear, rotated."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from larosa_compile.passes.algebra import change_of_basis, fold_bias, fold_weight, matrix
+
+IN, OUT, ROWS = 12, 7, 5
+
+
+def orthogonal(features: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(features, features, dtype=torch.float64)).Q
+
+
+def close(actual: Tensor, exact: Tensor) -> bool:
+    assert actual.dtype == exact.dtype == torch.float64
+    return bool((actual - exact).norm() <= 16 * torch.finfo(torch.float64).eps * exact.norm())
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("leading", [(), (1,), (1, 1)])
+def test_a_folded_linear_maps_one_basis_to_the_other(
+    scaled: bool, read: bool, written: bool, leading: tuple[int, ...]
+) -> None:
+    x, weight, bias = torch.randn(ROWS, IN), torch.randn(IN, OUT), torch.randn(OUT)
+    scale = torch.rand(*leading, IN) + 0.5 if scaled else None
+    start, end = orthogonal(IN) if read else None, orthogonal(OUT) if written else None
+    gain = 1.0 if scale is None else scale.double().reshape(-1)
+    y = (x.double() * gain) @ weight.double() + bias.double()
+    rotated = x.double() if start is None else x.double() @ start
+    found = rotated @ fold_weight(weight, scale, start, end) + fold_bias(bias, OUT, end)
+    assert close(found, y if end is None else y @ end)
+
+
+def test_nothing_to_fold_is_a_cast() -> None:
+    weight, bias = torch.randn(IN, OUT, dtype=torch.bfloat16), torch.randn(OUT, dtype=torch.bfloat16)
+    assert torch.equal(fold_weight(weight), weight.double())
+    assert torch.equal(fold_bias(bias, OUT), bias.double())
+    assert torch.equal(fold_bias(None, OUT, orthogonal(OUT)), torch.zeros(OUT, dtype=torch.float64))
+
+
+def test_folds_leave_their_operands_alone() -> None:
+    weight, scale = torch.randn(IN, OUT, dtype=torch.float64), torch.rand(IN, dtype=torch.float64)
+    copies = weight.clone(), scale.clone()
+    fold_weight(weight, scale, orthogonal(IN), orthogonal(OUT)).zero_()
+    assert torch.equal(weight, copies[0])
+    assert torch.equal(scale, copies[1])
+
+
+def test_reading_and_writing_are_inverse() -> None:
+    weight, q = torch.randn(IN, OUT), orthogonal(OUT)
+    assert close(fold_weight(fold_weight(weight, write=q), write=q.T), weight.double())
+    q = orthogonal(IN)
+    assert close(fold_weight(fold_weight(weight, read=q), read=q.T), weight.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_changes_of_basis_are_orthogonal_and_compose(dtype: torch.dtype) -> None:
+    a, b, c = (orthogonal(IN).to(dtype) for _ in range(3))
+    eps = torch.finfo(dtype).eps
+    identity = torch.eye(IN, dtype=torch.float64)
+    for start, end in [(a, b), (None, a), (a, None), (a, a)]:
+        change = change_of_basis(start, end)
+        assert change.dtype == torch.float64
+        assert (change @ change.T - identity).norm() <= 32 * eps
+    assert (change_of_basis(a, b) @ change_of_basis(b, c) - change_of_basis(a, c)).norm() <= 32 * eps
+    assert (change_of_basis(None, b) @ change_of_basis(b, None) - identity).norm() <= 32 * eps
+    assert (change_of_basis(a, a) - identity).norm() <= 32 * eps
+
+
+def test_a_change_of_basis_takes_features_along() -> None:
+    a, b, x = orthogonal(IN), orthogonal(IN), torch.randn(ROWS, IN, dtype=torch.float64)
+    assert close((x @ a) @ change_of_basis(a, b), x @ b)
+
+
+def test_the_model_s_own_basis_has_no_matrix() -> None:
+    q = orthogonal(IN).float()
+    assert matrix({"q": q}, None) is None
+    found = matrix({"q": q}, "q")
+    assert found is not None
+    assert torch.equal(found, q.double())
+    with pytest.raises(KeyError, match="other"):
+        matrix({"q": q}, "other")

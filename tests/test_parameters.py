@@ -1,0 +1,113 @@
+"""Parameter expressions: what a model does to a weight before it is used, read from the graph and run again."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.graphs import capture_graph
+from torch import Tensor, nn
+from torch.fx import Node
+
+from larosa_compile.capture import Captured
+from larosa_compile.passes.parameters import ParameterExpression, parameter_expression
+
+SPELLINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda w: w,
+    "transposed": lambda w: w.T,
+    "cast": lambda w: w.to(torch.bfloat16),
+    "transposed and cast": lambda w: w.T.to(torch.bfloat16),
+    "one plus": lambda w: 1 + w,
+    "one plus, in float32": lambda w: (1.0 + w.to(torch.bfloat16)).float(),
+    "scaled": lambda w: w * 0.5,
+    "unsqueezed": lambda w: w[None],
+    "sliced": lambda w: w[1:, 2:],
+}
+
+
+class Uses(nn.Module):
+    """`relu(spelling(weight))` beside something that is no parameter."""
+
+    def __init__(self, spelling: Callable[[Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.weight = nn.Parameter(torch.randn(shape))
+        self.spelling = spelling
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.spelling(self.inner.weight).relu(), x.relu()
+
+
+def outputs(captured: Captured) -> list[Node]:
+    (output,) = (node for node in captured.graph.graph.nodes if node.op == "output")
+    return list(output.args[0])
+
+
+def expression_of(spelling: str) -> ParameterExpression:
+    module = Uses(SPELLINGS[spelling], 4, 6)
+    captured = capture_graph(module, torch.ones(2))
+    first, second = outputs(captured)
+    assert parameter_expression(second, captured.graph) is None
+    found = parameter_expression(first.all_input_nodes[0], captured.graph)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_an_expression_evaluates_to_what_eager_computes(spelling: str) -> None:
+    found = expression_of(spelling)
+    assert found.path == "inner.weight"
+    weight = torch.randn(4, 6, requires_grad=True)
+    expected, evaluated = SPELLINGS[spelling](weight), found.evaluate({"inner.weight": weight, "other": torch.ones(1)})
+    assert evaluated.dtype == expected.dtype
+    assert torch.equal(evaluated, expected)
+    assert not evaluated.requires_grad
+
+
+def test_the_plain_parameter_is_an_expression_without_steps() -> None:
+    assert expression_of("plain") == ParameterExpression("inner.weight", ())
+    assert str(expression_of("plain")) == "inner.weight"
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_text_is_the_same_in_every_capture(spelling: str) -> None:
+    """It is part of the key under which folded weights are cached."""
+    assert str(expression_of(spelling)) == str(expression_of(spelling))
+
+
+def test_different_expressions_have_different_texts() -> None:
+    assert len({str(expression_of(name)) for name in SPELLINGS}) == len(SPELLINGS)
+
+
+class Depends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+        self.register_buffer("c", torch.randn(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.a * x, self.a * self.b, x.exp(), self.c.exp(), torch.ones(4).exp()
+
+
+def test_what_depends_on_anything_else_is_no_expression() -> None:
+    captured = capture_graph(Depends(), torch.randn(4))
+    assert [parameter_expression(node, captured.graph) for node in outputs(captured)] == [None] * 5
+    assert parameter_expression(1.0, captured.graph) is None
+    assert parameter_expression(None, captured.graph) is None
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.weight * self.weight, torch.cat([self.weight, self.weight])
+
+
+def test_a_parameter_may_be_used_twice_in_one_step() -> None:
+    module = Twice()
+    captured = capture_graph(module, torch.ones(1))
+    for node, expected in zip(outputs(captured), module(torch.ones(1)), strict=True):
+        found = parameter_expression(node, captured.graph)
+        assert found is not None
+        assert torch.equal(found.evaluate({"weight": module.weight}), expected.detach())
