@@ -1,0 +1,126 @@
+"""The benchmarks' bookkeeping, on tiny models; their numbers are not the point here."""
+
+import datetime
+import json
+import statistics
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import larosa_compile
+from benchmarks import decoding, demo, measure
+from larosa_compile.evaluation import next_token_losses, perplexity
+from tests.support.models import tiny_model, token_ids
+from tests.support.simulation import simulated
+
+
+@pytest.mark.parametrize("values", [[3.0], [2.0, 1.0], [5.0, 1.0, 2.0, 9.0, 3.0]])
+def test_spread(values: list[float]) -> None:
+    spread = measure.Spread.of(values)
+    assert spread == measure.Spread(statistics.median(values), min(values), max(values), len(values))
+
+
+def test_no_measurement_has_no_spread() -> None:
+    with pytest.raises(statistics.StatisticsError):
+        measure.Spread.of([])
+
+
+def test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "READ_BYTES", 2**20)
+    meta = measure.machine()
+    assert set(meta) == {
+        *("device", "cpu_capability", "threads", "torch", "transformers"),
+        *("date", "commit", "bandwidth_gb_s"),
+    }
+    assert meta["threads"] == torch.get_num_threads()
+    assert meta["torch"] == torch.__version__
+    assert datetime.date.fromisoformat(meta["date"])
+    assert meta["bandwidth_gb_s"] > 0
+    assert all(isinstance(meta[name], str) and meta[name] for name in ("device", "cpu_capability", "commit"))
+
+
+def test_a_file_holds_meta_and_records(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "x.json"
+    meta, records = {"device": "é", "threads": 2}, [{"ppl": 1.5, "spread": [1.0, 2.0]}]
+    for _ in range(2):
+        measure.write(path, meta, records)
+        assert json.loads(path.read_text(encoding="utf-8")) == {"meta": meta, "records": records}
+
+
+class Counting:
+    """A variant that calls the model, and keeps what it was called with."""
+
+    def __init__(self, model: Any, calls: list["Counting"]) -> None:
+        self.model, self.calls, self.given = model, calls, list[tuple[int, int]]()
+
+    def __call__(self, **inputs: Any) -> Any:
+        self.calls.append(self)
+        assert inputs["use_cache"]
+        self.given.append((int(inputs["input_ids"]), int(inputs["position_ids"])))
+        return self.model(**inputs)
+
+
+def greedy(model: Any, prompt: torch.Tensor, tokens: int) -> list[int]:
+    ids = prompt
+    with torch.no_grad():
+        for _ in range(tokens):
+            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids[0, prompt.shape[1] :].tolist()
+
+
+def test_decoding_is_greedy_one_token_at_a_time() -> None:
+    model, prompt = tiny_model("llama", num_hidden_layers=1), token_ids(1, 6)
+    forward = Counting(model, [])
+    assert len(decoding.decode_seconds(model, forward, prompt, 5)) == 5
+    assert [token for token, _ in forward.given] == greedy(model, prompt, 5)
+    assert [position for _, position in forward.given] == [6, 7, 8, 9, 10]
+
+
+def test_variants_take_turns_and_are_all_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls, done = tiny_model("llama", num_hidden_layers=1), list[Counting](), list[None]()
+    # each call of the clock is one second later, so every token takes one
+    monkeypatch.setattr(decoding, "time", SimpleNamespace(perf_counter=iter(range(10**6)).__next__))
+    variants = {name: Counting(model, calls) for name in ("a", "b")}
+    found = decoding.compare(model, variants, token_ids(1, 6), tokens=3, rounds=2, done=lambda: done.append(None))
+    assert list(found) == ["a", "b"]
+    for warm, spread in found.values():
+        assert warm > 4
+        assert spread == measure.Spread(1, 1, 1, 2 * 3)
+    a, b = variants.values()
+    assert calls == [a] * 4 + [b] * 4 + ([a] * 4 + [b] * 4) * 2
+    assert len(done) == 2 + 2 * 2
+
+
+def test_demo_measures_dense_magnitude_and_larosa(monkeypatch: pytest.MonkeyPatch) -> None:
+    # eager lowering: what is compiled is the business of other tests
+    eager = torch.compile
+    monkeypatch.setattr(demo, "SPARSITIES", (0.4,))
+    monkeypatch.setattr(demo.torch, "compile", lambda model, **kw: eager(model, **_eager(kw)))
+    model, held_out = tiny_model("llama", num_hidden_layers=1), [token_ids(1, 24, seed) for seed in (5, 6)]
+    recipe = larosa_compile.calibrate(model, [token_ids(4, 16)], 0.5)
+    records = demo.perplexities("tiny", model, recipe, held_out)
+    torch._dynamo.reset()
+
+    at = recipe.with_sparsity(0.4)
+    variants = [recipe.with_sparsity(0).without_rotation(), at.without_rotation(), at]
+    assert [(record["method"], record["sparsity"]) for record in records] == [
+        ("dense", 0.0),
+        ("magnitude", 0.4),
+        ("larosa", 0.4),
+    ]
+    for record, variant in zip(records, variants, strict=True):
+        with simulated(model, variant):
+            expected = perplexity(next_token_losses(model, held_out))
+        assert record["ppl"] == pytest.approx(expected, rel=1e-4)
+        assert record["gap"] == record["ppl"] - records[0]["ppl"]
+    assert records[0]["bytes_skipped_share"] == 0 < records[2]["bytes_skipped_share"] < 0.4
+    assert json.loads(json.dumps(records)) == records
+
+
+def _eager(arguments: dict[str, Any]) -> dict[str, Any]:
+    if arguments.get("backend") == "larosa":
+        arguments["options"] = {**arguments["options"], "lowering": "eager"}
+    return arguments
