@@ -98,6 +98,8 @@ def _with_folded_weights(captured: Captured, weights: FoldedWeights, config: Con
     @boxed
     def run(inputs: list[Any]) -> Any:
         weights.check_fresh()
+        if config.recipe_file is not None:
+            config.recipe_file.check_unchanged()
         read = [inputs[index] for index in used]
         inputs.clear()
         return compiled([*read, *folded])

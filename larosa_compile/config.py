@@ -3,18 +3,57 @@
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypeAlias, cast, get_args
 
-from larosa_compile.errors import OptionError
+from larosa_compile.errors import OptionError, StaleRecipeError
 from larosa_compile.recipe import Recipe
 
 Lowering: TypeAlias = Literal["inductor", "eager"]
 
 DUMP_VARIABLE = "LAROSA_DUMP"
 """Environment variable that stands in for the option `dump`."""
+
+
+OPTIONS = ("dump", "lowering", "recipe")
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """A recipe's file as it was when it was read."""
+
+    path: Path
+    mtime_ns: int
+    size: int
+
+    @classmethod
+    def of(cls, value: object) -> "RecipeFile | None":
+        """The file that a `recipe` option names; None for a Recipe and for no file."""
+        if not isinstance(value, (str, os.PathLike)):
+            return None
+        path = Path(value).absolute()
+        try:
+            stat = path.stat()
+        except OSError:
+            return None
+        return cls(path, stat.st_mtime_ns, stat.st_size)
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on with what was read when the file has been written anew.
+
+        Dynamo takes two compiles with the same path for the same compile and would reuse the older one.
+
+        Raises:
+            StaleRecipeError: the file differs in time or size; a file that is gone is no difference.
+        """
+        now = RecipeFile.of(self.path)
+        if now is not None and now != self:
+            raise StaleRecipeError(
+                f"the recipe file {self.path} was written anew after the model was compiled with it; "
+                "call torch._dynamo.reset() and compile again to use the new recipe"
+            )
 
 
 @dataclass(frozen=True)
@@ -26,11 +65,13 @@ class Config:
         dump: folder to write the graphs and the report to; None writes nothing.
         lowering: "inductor" compiles the rewritten graph; "eager" runs it with the ops' reference
             definitions, for debugging.
+        recipe_file: the file that `recipe` was read from, if it was.
     """
 
     recipe: Recipe | None = None
     dump: Path | None = None
     lowering: Lowering = "inductor"
+    recipe_file: "RecipeFile | None" = None
 
     @classmethod
     def from_options(cls, options: Mapping[str, object] | None = None) -> "Config":
@@ -52,11 +93,12 @@ class Config:
             recipe=_recipe(options.get("recipe")),
             dump=_dump(options.get("dump", os.environ.get(DUMP_VARIABLE) or None)),
             lowering=_lowering(options.get("lowering", "inductor")),
+            recipe_file=RecipeFile.of(options.get("recipe")),
         )
 
 
 def _check_known(name: object) -> None:
-    known = sorted(field.name for field in fields(Config))
+    known = sorted(OPTIONS)
     if name in known:
         return
     nearest = difflib.get_close_matches(str(name), known, n=1)
@@ -68,19 +110,16 @@ def _recipe(value: object) -> Recipe | None:
     if value is None or isinstance(value, Recipe):
         return value
     path = _path("recipe", value, "a Recipe, the path of a recipe file, or None")
-    try:
-        stat = path.stat()
-    except OSError:
-        # The reader says best what is wrong with the path.
-        return Recipe.load(path)
-    return _loaded(path.absolute(), stat.st_mtime_ns, stat.st_size)
+    file = RecipeFile.of(path)
+    # Without a file the reader says best what is wrong with the path.
+    return Recipe.load(path) if file is None else _loaded(file)
 
 
 # The backend parses its options once per graph. Time and size are in the key so that a file written anew is
 # read anew; the rotations are memory-mapped, so an entry holds little.
 @lru_cache(maxsize=4)
-def _loaded(path: Path, mtime_ns: int, size: int) -> Recipe:
-    return Recipe.load(path)
+def _loaded(file: RecipeFile) -> Recipe:
+    return Recipe.load(file.path)
 
 
 def _dump(value: object) -> Path | None:

@@ -25,5 +25,9 @@ class StaleWeightsError(LarosaError, RuntimeError):
     """The model's weights changed after their folded copies were made."""
 
 
+class StaleRecipeError(LarosaError, RuntimeError):
+    """The recipe's file changed after a model was compiled with it."""
+
+
 class InferenceOnlyError(LarosaError, RuntimeError):
     """A gradient was asked for; sparsified graphs are for inference only."""

@@ -15,6 +15,7 @@ from larosa_compile.errors import (
     MissingRecipeError,
     OptionError,
     RecipeMismatchError,
+    StaleRecipeError,
     StaleWeightsError,
 )
 from larosa_compile.recipe import Recipe
@@ -177,6 +178,24 @@ def test_a_recipe_file_is_an_option(tmp_path: Path) -> None:
     ids = token_ids(1, 8)
     from_file = logits(compiled(model, recipe=str(path), lowering="eager"), ids)
     assert torch.equal(from_file, logits(compiled(model, recipe=recipe, lowering="eager"), ids))
+
+
+def test_a_recipe_file_written_anew_is_noticed(tmp_path: Path) -> None:
+    """Dynamo would reuse the first compile: to it, the same path is the same backend."""
+    model = tiny_model("llama")
+    path = tmp_path / "tiny.larosa.safetensors"
+    recipe = calibrated(model, 0.5)
+    recipe.save(path)
+    ids = token_ids(1, 8)
+    logits(compiled(model, recipe=str(path), lowering="eager"), ids)
+    recipe.with_sparsity(0.25).save(path)
+    again = torch.compile(model, backend="larosa", options={"recipe": str(path), "lowering": "eager"})
+    with pytest.raises(StaleRecipeError, match=r"torch\._dynamo\.reset"):
+        logits(again, ids)
+    torch._dynamo.reset()
+    with simulated(model, recipe.with_sparsity(0.25)):
+        expected = logits(model, ids)
+    assert relative_error(logits(again, ids), expected) < DENSE
 
 
 def test_a_model_without_a_recipe_is_told_how_to_get_one() -> None:
