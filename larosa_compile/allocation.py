@@ -55,6 +55,7 @@ def allocate(
 
 def _bases(facts: GraphFacts, rotation: Rotation) -> dict[str, str]:
     """Group name -> basis name."""
+    check_rotation(rotation)
     if rotation == "none":
         return {}
     bases: dict[str, str] = {}
@@ -67,11 +68,21 @@ def _bases(facts: GraphFacts, rotation: Rotation) -> dict[str, str]:
     return {name: basis for name, basis in bases.items() if name in facts.feeding_streams}
 
 
+def check_rotation(rotation: object) -> None:
+    """Checks a `rotation` argument.
+
+    Raises:
+        OptionError: it is none of the allowed values.
+    """
+    if isinstance(rotation, int) and not isinstance(rotation, bool) and rotation >= 1:
+        return
+    if rotation not in ("layer", "model", "none"):
+        raise OptionError(
+            f"rotation must be 'layer', 'model', 'none' or a number of layers from 1 up, got {rotation!r}"
+        )
+
+
 def _layers_per_basis(rotation: Rotation, layers: int) -> int:
     if rotation == "layer":
         return 1
-    if rotation == "model":
-        return layers
-    if isinstance(rotation, int) and not isinstance(rotation, bool) and rotation >= 1:
-        return rotation
-    raise OptionError(f"rotation must be 'layer', 'model', 'none' or a number of layers from 1 up, got {rotation!r}")
+    return rotation if isinstance(rotation, int) else layers

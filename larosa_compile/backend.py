@@ -60,7 +60,7 @@ def _compile(captured: Captured, config: Config) -> Boxed:
     dump.text("report", str(report))
     registry.add_report(captured.tensors.values(), report)
 
-    weights = FoldedWeights(list(rewritten.folded.values()), captured.tensors, graph.paths, recipe)
+    weights = FoldedWeights(list(rewritten.folded.values()), captured, recipe)
     return _with_folded_weights(captured, weights, config)
 
 
@@ -97,7 +97,7 @@ def _with_folded_weights(captured: Captured, weights: FoldedWeights, config: Con
 
     @boxed
     def run(inputs: list[Any]) -> Any:
-        weights.check_fresh()
+        weights.check_fresh(inputs)
         if config.recipe_file is not None:
             config.recipe_file.check_unchanged()
         read = [inputs[index] for index in used]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import larosa_compile
 from larosa_compile import registry
-from larosa_compile.allocation import Coefficients, Rotation, allocate
-from larosa_compile.capture import Boxed, Captured, boxed, capture
+from larosa_compile.allocation import Coefficients, Rotation, allocate, check_rotation
+from larosa_compile.capture import Boxed, Captured, boxed, capture, compile_alone
 from larosa_compile.errors import InferenceOnlyError, OptionError, RecipeError
 from larosa_compile.moments import Moments, observe
 from larosa_compile.passes.analysis import analyse
@@ -68,9 +68,13 @@ def calibrate(
         raise InferenceOnlyError("the model is in training mode; call model.eval() before calibrating it")
     if not 0 <= sparsity < 1:
         raise OptionError(f"sparsity must lie in [0, 1), got {sparsity}")
+    check_rotation(rotation)
     ids = list(token_batches(batches, tokenizer, context))
     if not ids:
         raise RecipeError("there is nothing to calibrate on: batches held no token; pass token ids or texts")
+    held_out = list(token_batches(search, tokenizer, context)) if search is not None else None
+    if held_out == []:
+        raise OptionError("search needs held-out token ids or texts, got none")
 
     sites: dict[str, SiteRecipe] = {}
     moments = Moments()
@@ -85,10 +89,10 @@ def calibrate(
         bar.remove_task(eigen)
 
     recipe = Recipe(sparsity, sites, rotations, _fingerprint(model), _provenance(ids, rotation))
-    if search is not None:
+    if held_out is not None:
         from larosa_compile.search import best_coefficients
 
-        recipe = best_coefficients(model, recipe, list(token_batches(search, tokenizer, context)), progress=progress)
+        recipe = best_coefficients(model, recipe, held_out, progress=progress)
     registry.remember_recipe(model, recipe)
     return recipe
 
@@ -100,18 +104,20 @@ def token_batches(batches: Batches, tokenizer: Tokenizer | None, context: int) -
         OptionError: a text without a tokenizer, or an item that is neither text nor an integer tensor.
     """
     items = [batches] if isinstance(batches, str) else list(batches)
-    if any(isinstance(item, str) for item in items):
+    texts = [item for item in items if isinstance(item, str)]
+    if texts and len(texts) == len(items):
         if tokenizer is None:
             raise OptionError("batches are texts; pass tokenizer=… as well, or pass token ids")
         tokens: list[int] = []
-        for item in items:
-            tokens += tokenizer(str(item))["input_ids"]
+        for text in texts:
+            tokens += tokenizer(text)["input_ids"]
         yield from _windows(tokens, context)
         return
     for item in items:
-        if not isinstance(item, Tensor) or item.is_floating_point() or item.ndim not in (1, 2):
+        if not isinstance(item, Tensor) or item.dtype not in (torch.int32, torch.int64) or item.ndim not in (1, 2):
             raise OptionError(f"a batch must be a text or an integer tensor [batch, tokens], got {_described(item)}")
-        yield item.reshape(-1, item.shape[-1])
+        if item.numel():
+            yield item.reshape(-1, item.shape[-1])
 
 
 def _windows(tokens: Sequence[int], context: int) -> Iterator[Tensor]:
@@ -149,7 +155,7 @@ def _observing(
     def backend(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         return capture(graph, example_inputs, observe_graph)
 
-    return torch.compile(model, backend=backend)
+    return compile_alone(model, backend)
 
 
 def _fingerprint(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

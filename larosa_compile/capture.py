@@ -1,12 +1,14 @@
 """From a Dynamo graph to the functional ATen graph with its real parameters. Calibration and the backend share it."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._dynamo.guards import GuardBuilder
 from torch._functorch import config as functorch_config
+from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule, Node
@@ -53,6 +55,7 @@ def capture(
         )
     real = list(example_inputs)
     paths = _parameter_paths(dynamo_graph, real)
+    _guard_identity(dynamo_graph, paths)
 
     def inner_compile(module: GraphModule, fakes: Sequence[Any], **arguments: Any) -> Any:
         with unset_fake_temporarily():
@@ -68,6 +71,12 @@ def capture(
             inner_compile=inner_compile,
             config_patches=inductor_options or None,
         )
+
+
+def compile_alone(model: torch.nn.Module, backend: Callable[..., Any]) -> Any:
+    """`torch.compile`, for a look at the graphs: neither meets nor uses up Dynamo's recompile limit of the model."""
+    compile_model: Any = torch.compile  # its overloads lack the argument
+    return compile_model(model, backend=backend, isolate_recompiles=True)
 
 
 def boxed(function: Callable[[list[Any]], Any]) -> Boxed:
@@ -103,6 +112,17 @@ def _parameter_paths(dynamo_graph: GraphModule, real: list[Any]) -> dict[int, st
             if path:
                 paths[index] = path
     return paths
+
+
+def _guard_identity(dynamo_graph: GraphModule, paths: Iterable[int]) -> None:
+    """Makes Dynamo compile again for other parameters of equal shape: what is made of these is right for these alone.
+
+    Without it, a second model of one class would run the graph, folded weights included, of the first.
+    """
+    placeholders = [node for node in dynamo_graph.graph.nodes if node.op == "placeholder"]
+    guards = TracingContext.get().guards_context.dynamo_guards
+    for index in paths:
+        guards.add(placeholders[index]._dynamo_source.make_guard(GuardBuilder.ID_MATCH))
 
 
 def parameter_path(source: str) -> str:

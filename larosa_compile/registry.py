@@ -22,7 +22,13 @@ def remember_recipe(model: torch.nn.Module, recipe: "Recipe") -> None:
         _recipes[parameter] = recipe
     if known:
         # graphs compiled from the old recipe are equal to Dynamo's eye: same model, same backend, same options
-        torch._dynamo.reset()
+        drop_graphs()
+
+
+def drop_graphs() -> None:
+    """Forgets every compiled graph, and what was reported of them."""
+    torch._dynamo.reset()
+    _reports.clear()
 
 
 def recipe_of(parameters: Iterable[Tensor]) -> "Recipe | None":

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from larosa_compile import registry
 from larosa_compile.allocation import Coefficients, allocate
-from larosa_compile.capture import Boxed, Captured, boxed, capture
+from larosa_compile.capture import Boxed, Captured, boxed, capture, compile_alone
 from larosa_compile.errors import OptionError
 from larosa_compile.passes.analysis import analyse
 from larosa_compile.passes.graph import Refusal, rows
@@ -187,6 +187,7 @@ def explain(
         example_inputs: keyword arguments to trace the model with; by default its `dummy_inputs`, one token.
 
     Raises:
+        RecipeMismatchError: the recipe belongs to another model.
         OptionError: the model has no `dummy_inputs` and no example inputs were given.
     """
     original: torch.nn.Module = getattr(model, "_orig_mod", model)
@@ -194,6 +195,8 @@ def explain(
     if reports:
         return Report(reports)
     recipe = recipe or registry.recipe_of(original.parameters())
+    if recipe is not None:
+        recipe.check_parameters({path: tuple(p.shape) for path, p in original.named_parameters()})
     if example_inputs is None:
         dummy = getattr(original, "dummy_inputs", None)
         if not isinstance(dummy, Mapping) or "input_ids" not in dummy:
@@ -215,7 +218,7 @@ def explain(
         return capture(graph, inputs, plan_graph)
 
     with torch.no_grad():
-        torch.compile(original, backend=backend)(**example_inputs)
+        compile_alone(original, backend)(**example_inputs)
     return Report(graphs)
 
 

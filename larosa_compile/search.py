@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from larosa_compile import registry
 from larosa_compile.allocation import Coefficients
 from larosa_compile.errors import OptionError
 from larosa_compile.evaluation import next_token_losses
@@ -44,6 +45,6 @@ def best_coefficients(
             candidate = recipe.with_coefficients(coefficients.by_kind)
             options: Any = {"recipe": candidate, "lowering": "eager"}
             losses = next_token_losses(torch.compile(model, backend="larosa", options=options), held_out)
-            torch._dynamo.reset()
+            registry.drop_graphs()
             scored.append((sum(losses), candidate))
     return min(scored, key=lambda pair: pair[0])[1]

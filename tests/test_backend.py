@@ -159,6 +159,19 @@ def test_a_second_model_of_the_same_shape_gives_its_own_result_through_warm_cach
         assert relative_error(logits(compiled(model, recipe=recipe), ids), expected) < DENSE
 
 
+def test_models_of_one_class_do_not_share_compiled_graphs() -> None:
+    """To Dynamo two models of one class differ in their weights only, which are inputs; their folded copies are not."""
+    models = [tiny_model("llama", seed=seed) for seed in (0, 1)]
+    recipes = [calibrated(model) for model in models]
+    torch._dynamo.reset()
+    ids = token_ids(1, 8)
+    for model, recipe in zip(models, recipes, strict=True):
+        with simulated(model, recipe):
+            expected = logits(model, ids)
+        bare = torch.compile(model, backend="larosa", options={"lowering": "eager"})
+        assert relative_error(logits(bare, ids), expected) < DENSE
+
+
 def test_bare_compile_uses_the_last_calibration() -> None:
     model = tiny_model("llama")
     ids = token_ids(1, 8)
