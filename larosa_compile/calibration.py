@@ -108,10 +108,8 @@ def token_batches(batches: Batches, tokenizer: Tokenizer | None, context: int) -
     if texts and len(texts) == len(items):
         if tokenizer is None:
             raise OptionError("batches are texts; pass tokenizer=… as well, or pass token ids")
-        tokens: list[int] = []
-        for text in texts:
-            tokens += tokenizer(text)["input_ids"]
-        yield from _windows(tokens, context)
+        # joined first, so that the tokenizer adds its special tokens once and not to every row of a dataset
+        yield from _windows(tokenizer("\n\n".join(texts))["input_ids"], context)
         return
     for item in items:
         if not isinstance(item, Tensor) or item.dtype not in (torch.int32, torch.int64) or item.ndim not in (1, 2):

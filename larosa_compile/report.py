@@ -117,7 +117,7 @@ def _table(*columns: str) -> Table:
 
 def _text(table: Table) -> str:
     out = io.StringIO()
-    Console(file=out, width=240, color_system=None).print(table)
+    Console(file=out, width=240, color_system=None, markup=False, highlight=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -107,12 +108,14 @@ def test_rotations_diagonalise_what_hooks_see(
 
 def test_texts_are_joined_and_cut_into_windows(model: PreTrainedModel) -> None:
     texts = ["the first text, ", "the second one and ", "a last"]
-    joined = Characters()("".join(texts))["input_ids"]
+    joined = Characters()("\n\n".join(texts))["input_ids"]
     windows = list(token_batches(texts, Characters(), 12))
     assert [tuple(window.shape) for window in windows] == [(1, 12)] * (len(joined) // 12)
     assert torch.cat(windows, 1).flatten().tolist() == joined[: 12 * len(windows)]
     assert torch.equal(next(token_batches(texts, Characters(), 1000)), torch.tensor([joined]))
     assert not list(token_batches("", Characters(), 12))
+    column = datasets.Dataset.from_dict({"text": texts})["text"]
+    assert torch.equal(torch.cat(list(token_batches(column, Characters(), 12))), torch.cat(windows))
 
     from_text = larosa_compile.calibrate(model, texts, tokenizer=Characters(), context=12)
     assert from_text.digest == larosa_compile.calibrate(model, windows).digest

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graphs import capture_graph
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
 from larosa_compile.capture import Captured
 from larosa_compile.passes.graph import is_row_scale, rotation_operands, rows, width
+from tests.support.graphs import capture_graph
 
 D = 8
 

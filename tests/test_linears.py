@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graphs import capture_graph
 from torch import Tensor, nn
 
 from larosa_compile.capture import Captured
 from larosa_compile.passes.linears import Linear, find_linears, group_by_activation
+from tests.support.graphs import capture_graph
 
 IN, OUT, ROWS = 24, 20, 5  # Inductor turns one-row products of at most 16 x 16 into sums
 

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graphs import capture_graph
 from torch import Tensor, nn
 from torch.fx import Node
 
 from larosa_compile.passes.analysis import GraphFacts, analyse
 from larosa_compile.passes.graph import rotation_operands
 from larosa_compile.passes.norms import feature_scale, is_squared_length
+from tests.support.graphs import capture_graph
 
 D, EPS = 8, 1e-5
 

@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.graphs import capture_graph
 from torch import Tensor, nn
 from torch.fx import Node
 
 from larosa_compile.capture import Captured
 from larosa_compile.passes.parameters import ParameterExpression, parameter_expression
+from tests.support.graphs import capture_graph
 
 SPELLINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "plain": lambda w: w,

@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.decoder import FEATURES, LAYER, READERS, Choice, Decoder, Layer, RMSNorm, choices_for, error, ids
-from support.graphs import capture_graph
-from support.stages import Stages, check_stages, evaluate
 from torch import Tensor, nn
 
 from larosa_compile.kernels import ops
@@ -18,6 +15,9 @@ from larosa_compile.passes.pipeline import rewrite
 from larosa_compile.passes.plan import kept_features
 from larosa_compile.passes.rotate import rotate_node
 from larosa_compile.passes.verify import verify
+from tests.support.decoder import FEATURES, LAYER, READERS, Choice, Decoder, Layer, RMSNorm, choices_for, error, ids
+from tests.support.graphs import capture_graph
+from tests.support.stages import Stages, check_stages, evaluate
 
 
 @pytest.fixture(autouse=True)

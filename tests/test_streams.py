@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.decoder import FEATURES, Decoder, RMSNorm, ids
-from support.graphs import capture_graph
 from torch import Tensor, nn
 
 from larosa_compile.passes.analysis import GraphFacts, analyse
 from larosa_compile.passes.graph import aten, is_call, rotation_operands
 from larosa_compile.passes.streams import Stream, carried_from, exits
+from tests.support.decoder import FEATURES, Decoder, RMSNorm, ids
+from tests.support.graphs import capture_graph
 
 
 def facts(module: nn.Module, *inputs: Tensor) -> GraphFacts:

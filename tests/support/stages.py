@@ -15,8 +15,8 @@ from larosa_compile.passes.rewriting import FoldedTensor, GraphEditor
 from larosa_compile.passes.rotate import OnlineRotation, insert_rotations
 from larosa_compile.passes.sparsify import sparsify_sites
 from larosa_compile.passes.verify import verify
-from support.decoder import FEATURES, Choice, error, rounding, simulate
-from support.graphs import capture_graph
+from tests.support.decoder import FEATURES, Choice, error, rounding, simulate
+from tests.support.graphs import capture_graph
 
 
 def rotations_of(choices: Mapping[str, Choice]) -> dict[str, Tensor]:
