@@ -71,10 +71,7 @@ def rotate_node(editor: GraphEditor, node: Node, start: Basis, end: Basis) -> On
     adapter_node = editor.folded_input(name, adapter)
     # an input is followed by other inputs, its matrix among them
     after = node if node.op != "placeholder" else editor.last_input
-    with editor.graph.inserting_after(after):
-        anchor = editor.call("rotate_here", aten.alias.default, node)
-    with editor.graph.inserting_before(anchor):
+    with editor.graph.inserting_before(after.next):
         product = editor.call(f"{node.name}_rotated", aten.mm.default, editor.as_rows(node), adapter_node)
         result = editor.like(product, node)
-    editor.graph.erase_node(anchor)
     return OnlineRotation(node, product, result, start, end, adapter_node)
