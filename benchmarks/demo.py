@@ -34,7 +34,7 @@ out = Console(width=None if sys.stdout.isatty() else 110)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="smollm2, a hub name, a folder or a GGUF file")
-    parser.add_argument("--quick", action="store_true", help="fewer windows and rounds: about five minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer windows and rounds")
     parser.add_argument("--json", type=Path, help="also write the measurements to this file")
     arguments = parser.parse_args()
     calibration, evaluation, rounds = (4, 2, 2) if arguments.quick else (24, 16, 5)

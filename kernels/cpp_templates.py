@@ -1,6 +1,7 @@
 """Inductor C++ templates of the two ops. The C++ itself is in `templates/`, one file per kernel."""
 
 import contextlib
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,9 +79,9 @@ class RowTemplate(CppTemplate):
         super().__init__(self.name, inputs, layout, threads)
         self.k = k
 
+    @abstractmethod
     def constants(self) -> dict[str, Any]:
         """What the template file needs beyond the common names."""
-        raise NotImplementedError
 
     def render(  # type: ignore[override]
         self,

@@ -6,8 +6,6 @@ from typing import Any, Protocol
 
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 import larosa_compile
@@ -17,6 +15,7 @@ from larosa_compile.capture import Boxed, Captured, boxed, capture, compile_alon
 from larosa_compile.errors import InferenceOnlyError, OptionError, RecipeError
 from larosa_compile.moments import Moments, observe
 from larosa_compile.passes.analysis import analyse
+from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import JSON, Recipe, SiteRecipe
 
 Batches = str | Iterable[str] | Iterable[Tensor]
@@ -79,7 +78,7 @@ def calibrate(
     sites: dict[str, SiteRecipe] = {}
     moments = Moments()
     observed = _observing(model, sites, moments, sparsity, coefficients or Coefficients(), rotation)
-    with torch.no_grad(), Progress(console=Console(stderr=True), disable=not _shown(progress)) as bar:
+    with torch.no_grad(), progress_bar(progress) as bar:
         for batch in bar.track(ids, description="calibrating"):
             observed(input_ids=batch, use_cache=False)
         if not sites:
@@ -176,7 +175,3 @@ def _provenance(ids: list[Tensor], rotation: Rotation) -> dict[str, JSON]:
             "transformers": transformers.__version__,
         },
     }
-
-
-def _shown(progress: bool) -> bool:
-    return progress and Console(stderr=True).is_terminal

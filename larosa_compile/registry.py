@@ -17,10 +17,10 @@ _reports: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def remember_recipe(model: torch.nn.Module, recipe: "Recipe") -> None:
     """Makes `recipe` the one that a compile of `model` without options uses."""
-    known = {id(known): known for known in (recipe_of([p]) for p in model.parameters()) if known is not None}
+    replaces = recipe_of(model.parameters()) is not None
     for parameter in model.parameters():
         _recipes[parameter] = recipe
-    if known:
+    if replaces:
         # graphs compiled from the old recipe are equal to Dynamo's eye: same model, same backend, same options
         drop_graphs()
 

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from larosa_compile import registry
 from larosa_compile.allocation import Coefficients
 from larosa_compile.errors import OptionError
 from larosa_compile.evaluation import next_token_losses
+from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import Recipe
 
 GRID = tuple(Coefficients(readers=readers / 10, writers=2 - readers / 10) for readers in range(5, 12))
@@ -38,9 +37,8 @@ def best_coefficients(
     """
     if not held_out:
         raise OptionError("search needs held-out token ids or texts, got none")
-    shown = progress and Console(stderr=True).is_terminal
     scored = []
-    with Progress(console=Console(stderr=True), disable=not shown) as bar:
+    with progress_bar(progress) as bar:
         for coefficients in bar.track(grid, description="coefficients"):
             candidate = recipe.with_coefficients(coefficients.by_kind)
             options: Any = {"recipe": candidate, "lowering": "eager"}

@@ -1,8 +1,8 @@
 """The method on a real pretrained model: SmolLM2-135M in float32, against eager and against the simulation.
 
 Top-K is discontinuous: where rounding decides which of two nearly equal entries is kept, the outputs of two correct
-implementations part, and every later token and layer sees it. On 256 tokens the simulation in float32 differs from
-itself in float64 by 0.2 relative. So equality is asserted where no such tie has been met yet (most short sequences),
+implementations part, and every later token and layer sees it; so does one implementation in float32 and in float64.
+So equality is asserted where no such tie has been met yet (most short sequences),
 and perplexity on enough tokens for the ties to average out.
 """
 
