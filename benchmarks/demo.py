@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from transformers import CompileConfig, PreTrainedModel
 
@@ -22,6 +21,7 @@ import larosa_compile
 from benchmarks import assets, decoding, measure
 from larosa_compile.calibration import token_batches
 from larosa_compile.evaluation import next_token_losses, perplexity
+from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import Recipe
 
 SPARSITIES = (0.25, 0.4, 0.5)
@@ -73,7 +73,7 @@ def perplexities(name: str, model: PreTrainedModel, recipe: Recipe, held_out: li
         table.add_column(column, justify="left" if column == "method" else "right")
     measured: dict[tuple[str, float], list[float]] = {}
     records: list[dict[str, Any]] = []
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with progress_bar(True) as bar:
         for method, sparsity, variant in bar.track(runs, description="perplexity"):
             torch._dynamo.reset()
             compiled: Any = model
@@ -144,7 +144,7 @@ def speeds(name: str, model: PreTrainedModel, recipe: Recipe, prompt: torch.Tens
     for variant, sparsity in sparsities.items():
         options: Any = {"recipe": recipe.with_sparsity(sparsity)}
         variants[variant] = torch.compile(model, backend="larosa", options=options)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with progress_bar(True) as bar:
         task = bar.add_task("decode", total=len(variants) * (rounds + 1))
         measured = decoding.compare(model, variants, prompt, 32, rounds, lambda: bar.advance(task))
 
