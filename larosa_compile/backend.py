@@ -15,9 +15,11 @@ from larosa_compile.config import Config
 from larosa_compile.dump import GraphDump
 from larosa_compile.errors import MissingRecipeError
 from larosa_compile.kernels.digest import source_digest
+from larosa_compile.passes.graph import Refusal
 from larosa_compile.passes.pipeline import rewrite
-from larosa_compile.recipe import Recipe
+from larosa_compile.recipe import Recipe, SiteRecipe
 from larosa_compile.report import described, report_of
+from larosa_compile.self_check import find_fault
 from larosa_compile.weights import FoldedWeights
 
 
@@ -46,22 +48,31 @@ def larosa(
 
 
 def _compile(captured: Captured, config: Config) -> Boxed:
-    graph = captured.graph
     recipe = _recipe(config, captured)
     if recipe is None:
         # not a single parameter: nothing to read less of
         return _lower(captured, captured.fakes, captured.compile_arguments, config)
-    shapes = {path: tuple(captured.tensors[node].shape) for node, path in graph.paths.items()}
-    recipe.check_parameters(shapes)
-
+    captured = captured.renamed(recipe.locate(captured.shapes))
     dump = GraphDump.start(config.dump)
-    rewritten = rewrite(graph, recipe.sites, captured.fake_mode, dump.graph)
-    report = report_of(rewritten, described(recipe))
+    choices: dict[str, SiteRecipe] = dict(recipe.sites)
+    faults: list[Refusal] = []
+    while True:
+        attempt = captured.copy() if config.self_check else captured
+        rewritten = rewrite(attempt.graph, choices, captured.fake_mode, dump.graph)
+        weights = FoldedWeights(list(rewritten.folded.values()), attempt, recipe)
+        fault = find_fault(captured, attempt, rewritten, weights.tensors, recipe) if config.self_check else None
+        if fault is None or not choices:
+            break
+        faulty = fault.sites & choices.keys() or choices.keys()
+        faults += [Refusal(path, fault.reason) for path in sorted(faulty)]
+        choices = {path: choice for path, choice in choices.items() if path not in faulty}
+    report = report_of(rewritten, described(recipe), faults)
     dump.text("report", str(report))
     registry.add_report(captured.tensors.values(), report)
-
-    weights = FoldedWeights(list(rewritten.folded.values()), captured, recipe)
-    return _with_folded_weights(captured, weights, config)
+    if fault is not None:
+        # not even the graph without a site agrees, so the graph that was captured is the one to run
+        return _lower(captured, captured.fakes, captured.compile_arguments, config)
+    return _with_folded_weights(attempt, weights, config)
 
 
 def _recipe(config: Config, captured: Captured) -> Recipe | None:

@@ -13,8 +13,9 @@ from larosa_compile import registry
 from larosa_compile.allocation import Coefficients, Rotation, allocate, check_rotation
 from larosa_compile.capture import Boxed, Captured, boxed, capture, compile_alone
 from larosa_compile.errors import InferenceOnlyError, OptionError, RecipeError
+from larosa_compile.fingerprint import fingerprint
 from larosa_compile.moments import Moments, observe
-from larosa_compile.passes.analysis import analyse
+from larosa_compile.passes.pipeline import facts_of
 from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import JSON, Recipe, SiteRecipe
 
@@ -75,6 +76,7 @@ def calibrate(
     if held_out == []:
         raise OptionError("search needs held-out token ids or texts, got none")
 
+    registry.remember_paths(model)
     sites: dict[str, SiteRecipe] = {}
     moments = Moments()
     observed = _observing(model, sites, moments, sparsity, coefficients or Coefficients(), rotation)
@@ -87,7 +89,7 @@ def calibrate(
         rotations = moments.rotations()
         bar.remove_task(eigen)
 
-    recipe = Recipe(sparsity, sites, rotations, _fingerprint(model), _provenance(ids, rotation))
+    recipe = Recipe(sparsity, sites, rotations, fingerprint(model), _provenance(ids, rotation))
     if held_out is not None:
         from larosa_compile.search import best_coefficients
 
@@ -142,7 +144,7 @@ def _observing(
     """The model compiled so that its own graphs report to `moments`; fills `sites` as graphs are captured."""
 
     def observe_graph(captured: Captured) -> Boxed:
-        facts = analyse(captured.graph)
+        facts = facts_of(captured.graph, captured.fake_mode)
         found = allocate(facts, sparsity, coefficients, rotation)
         sites.update(found)
         observe(facts, {path: site.basis for path, site in found.items()}, moments)
@@ -153,11 +155,6 @@ def _observing(
         return capture(graph, example_inputs, observe_graph)
 
     return compile_alone(model, backend)
-
-
-def _fingerprint(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """Every name of every parameter, tied ones included: a graph may know a tied weight by any of them."""
-    return {path: tuple(p.shape) for path, p in model.named_parameters(remove_duplicate=False)}
 
 
 def _provenance(ids: list[Tensor], rotation: Rotation) -> dict[str, JSON]:

@@ -1,8 +1,10 @@
 """From a Dynamo graph to the functional ATen graph with its real parameters. Calibration and the backend share it."""
 
+import copy
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
+from larosa_compile import registry
 from larosa_compile.errors import InferenceOnlyError
 from larosa_compile.passes.graph import GraphInvariantError, ParameterGraph
 
@@ -25,14 +28,34 @@ class Captured:
     """An ATen graph as Inductor would compile it.
 
     graph: the graph and its parameters' paths. tensors: parameter placeholder -> the real parameter.
-    fakes: the graph's fake inputs, in order. compile_arguments: what Inductor's own compile step needs besides.
+    inputs: what the graph was first called with, in order; fakes: their fake values. compile_arguments: what
+    Inductor's own compile step needs besides.
     """
 
     graph: ParameterGraph
     tensors: dict[Node, torch.Tensor]
+    inputs: list[Any]
     fakes: list[Any]
     fake_mode: FakeTensorMode
     compile_arguments: dict[str, Any]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter path -> shape."""
+        return {self.graph.paths[node]: tuple(tensor.shape) for node, tensor in self.tensors.items()}
+
+    def renamed(self, names: Mapping[str, str]) -> "Captured":
+        """The same graph with its parameters known by other paths: old -> new."""
+        paths = {node: names[path] for node, path in self.graph.paths.items()}
+        return replace(self, graph=ParameterGraph(self.graph.module, paths))
+
+    def copy(self) -> "Captured":
+        """A copy whose graph can be rewritten without touching this one; nodes keep their names."""
+        module = GraphModule(self.graph.module, copy.deepcopy(self.graph.graph))
+        by_name = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
+        paths = {by_name[node.name]: path for node, path in self.graph.paths.items()}
+        tensors = {by_name[node.name]: tensor for node, tensor in self.tensors.items()}
+        return replace(self, graph=ParameterGraph(module, paths), tensors=tensors)
 
 
 def capture(
@@ -95,23 +118,36 @@ def _captured(
     )
     if not aligned:
         raise GraphInvariantError("capture", None, "the ATen graph's inputs must be the Dynamo graph's, in order")
-    fake_mode = next(fake.fake_mode for fake in fakes if hasattr(fake, "fake_mode"))
+    # a graph may have no tensor among its inputs
+    fake_mode = TracingContext.get().fake_mode
+    assert fake_mode is not None
     by_node = {placeholders[index]: path for index, path in paths.items()}
     tensors = {placeholders[index]: real[index] for index in paths}
-    return Captured(ParameterGraph(module, by_node), tensors, fakes, fake_mode, arguments)
+    values = [_without_guards(value) for value in real]
+    return Captured(ParameterGraph(module, by_node), tensors, values, fakes, fake_mode, arguments)
+
+
+def _without_guards(value: Any) -> Any:
+    """A symbolic size as the number it was traced with; to ask for it as a number would bind the graph to it."""
+    return value.node.hint if isinstance(value, torch.SymInt) else value
 
 
 def _parameter_paths(dynamo_graph: GraphModule, real: list[Any]) -> dict[int, str]:
-    """Position among the inputs -> parameter path, for the inputs that are parameters."""
+    """Position among the inputs -> parameter path, for the inputs that are parameters.
+
+    What two parameters would share is no name: as inputs like any other they stay as they are.
+    """
     placeholders = (node for node in dynamo_graph.graph.nodes if node.op == "placeholder")
-    paths = {}
+    paths: dict[int, str] = {}
+    named: dict[str, set[int]] = defaultdict(set)
     for index, (node, tensor) in enumerate(zip(placeholders, real, strict=True)):
         source = getattr(node, "_dynamo_source", None)
         if isinstance(tensor, torch.nn.Parameter) and source is not None:
-            path = parameter_path(source.name)
+            path = registry.path_of(tensor) or parameter_path(source.name)
             if path:
                 paths[index] = path
-    return paths
+                named[path].add(id(tensor))
+    return {index: path for index, path in paths.items() if len(named[path]) == 1}
 
 
 def _guard_identity(dynamo_graph: GraphModule, paths: Iterable[int]) -> None:
@@ -125,7 +161,17 @@ def _guard_identity(dynamo_graph: GraphModule, paths: Iterable[int]) -> None:
         guards.add(placeholders[index]._dynamo_source.make_guard(GuardBuilder.ID_MATCH))
 
 
+_PATH = re.compile(
+    r"""
+    (?: (?: \._modules | \.__dict__\['_modules'\] ) \['[^']+'\] )*
+    (?: \._parameters | \.__dict__\['_parameters'\] ) \['[^']+'\] $
+    """,
+    re.VERBOSE,
+)
+
+
 def parameter_path(source: str) -> str:
     """`L['self']._modules['model']._parameters['weight']` -> `model.weight`; "" if it names no parameter."""
-    names = re.findall(r"\._(?:modules|parameters)\['([^']+)'\]", source)
-    return ".".join(names)
+    found = _PATH.search(source)
+    names: list[str] = re.findall(r"\['([^']+)'\]", found[0]) if found else []
+    return ".".join(name for name in names if name not in ("_modules", "_parameters"))

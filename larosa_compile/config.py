@@ -17,7 +17,7 @@ DUMP_VARIABLE = "LAROSA_DUMP"
 """Environment variable that stands in for the option `dump`."""
 
 
-OPTIONS = ("dump", "lowering", "recipe")
+OPTIONS = ("dump", "lowering", "recipe", "self_check")
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,14 @@ class Config:
         dump: folder to write the graphs and the report to; None writes nothing.
         lowering: "inductor" compiles the rewritten graph; "eager" runs it with the ops' reference
             definitions, for debugging.
+        self_check: compare every rewritten graph with the model, nothing dropped, before it is used.
         recipe_file: the file that `recipe` was read from, if it was.
     """
 
     recipe: Recipe | None = None
     dump: Path | None = None
     lowering: Lowering = "inductor"
+    self_check: bool = True
     recipe_file: "RecipeFile | None" = None
 
     @classmethod
@@ -93,6 +95,7 @@ class Config:
             recipe=_recipe(options.get("recipe")),
             dump=_dump(options.get("dump", os.environ.get(DUMP_VARIABLE) or None)),
             lowering=_lowering(options.get("lowering", "inductor")),
+            self_check=_flag("self_check", options.get("self_check", True)),
             recipe_file=RecipeFile.of(options.get("recipe")),
         )
 
@@ -130,6 +133,12 @@ def _path(name: str, value: object, allowed: str) -> Path:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise OptionError(f"option {name!r} must be {allowed}, got {value!r}")
     return Path(value)
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise OptionError(f"option {name!r} must be True or False, got {value!r}")
+    return value
 
 
 def _lowering(value: object) -> Lowering:

@@ -19,8 +19,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from larosa_compile import recipe_file
-from larosa_compile.errors import RecipeError, RecipeMismatchError
+from larosa_compile import recipe_file, registry
+from larosa_compile.errors import RecipeError
+from larosa_compile.fingerprint import locate
 
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 """What the provenance of a recipe may be made of."""
@@ -32,7 +33,7 @@ ORTHOGONALITY_TOLERANCE = 1e-4
 """Largest |QᵀQ - I| accepted; a float32 rounding of an exact Q stays two orders of magnitude below."""
 
 
-KINDS = ("reader", "writer", "other")
+KINDS = ("reader", "writer", "other", "head")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class SiteRecipe:
         sparsity: fraction of the input's features set to zero, in [0, 1).
         coefficient: sparsity of this site per unit of nominal sparsity.
         basis: key of the rotation the input is sparsified in; None is the activation's own basis.
-        kind: what the linear does, for coefficients by kind: "reader" and "writer" of a residual stream, "other".
+        kind: what the linear does, for coefficients by kind: "reader" and "writer" of a residual stream, "other"
+            inside a block, "head".
 
     Raises:
         RecipeError: a number is out of range or not finite.
@@ -154,29 +156,22 @@ class Recipe:
             "calibration": self.calibration,
         }
 
-    def check_parameters(self, found: Mapping[str, tuple[int, ...]]) -> None:
-        """Check that the parameters of a graph belong to the model this recipe was measured on.
-
-        A graph may hold only a part of the model, so parameters that it lacks are no difference.
-
-        Args:
-            found: parameter path -> shape, as met in the graph.
+    def locate(self, found: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """Find the parameters of a graph (path -> shape) in the calibrated model: path there -> path here.
 
         Raises:
-            RecipeMismatchError: a path is unknown to the recipe, or its shape differs.
+            RecipeMismatchError: they are not the model's, or a part that fits several places of it.
         """
-        differences = [
-            f"{path}: found {list(shape)}, "
-            + (f"expected {list(self.parameters[path])}" if path in self.parameters else "not in the recipe")
-            for path, shape in found.items()
-            if self.parameters.get(path) != tuple(shape)
-        ]
-        if differences:
-            more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-            raise RecipeMismatchError(
-                f"the recipe was measured on another model: {'; '.join(differences[:3])}{more}. "
-                "Calibrate this model, or load the recipe that belongs to it."
-            )
+        return locate(self.parameters, found)
+
+    def attach(self, model: torch.nn.Module) -> None:
+        """Make this the recipe of `model`: of a bare `torch.compile(model, backend="larosa")`, and of its parts.
+
+        Raises:
+            RecipeMismatchError: the model is not the one this recipe was measured on.
+        """
+        self.locate({path: tuple(parameter.shape) for path, parameter in model.named_parameters()})
+        registry.remember_recipe(model, self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe to one safetensors file, atomically; an existing file is replaced.

@@ -11,12 +11,26 @@ if TYPE_CHECKING:
     from larosa_compile.recipe import Recipe
     from larosa_compile.report import GraphReport
 
+_paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _recipes: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _reports: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+def remember_paths(model: torch.nn.Module) -> None:
+    """Makes this process know the parameters of `model` by their paths in it, whichever part of it is compiled."""
+    for path, parameter in model.named_parameters():
+        _paths[parameter] = path
+
+
+def path_of(parameter: Tensor) -> str | None:
+    """The path of a parameter in the model it was remembered with."""
+    path: str | None = _paths.get(parameter)
+    return path
+
+
 def remember_recipe(model: torch.nn.Module, recipe: "Recipe") -> None:
     """Makes `recipe` the one that a compile of `model` without options uses."""
+    remember_paths(model)
     replaces = recipe_of(model.parameters()) is not None
     for parameter in model.parameters():
         _recipes[parameter] = recipe

@@ -1,6 +1,5 @@
 """What the compiler did with a model, and what it left alone and why."""
 
-import copy
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ from larosa_compile import registry
 from larosa_compile.allocation import Coefficients, allocate
 from larosa_compile.capture import Boxed, Captured, boxed, capture, compile_alone
 from larosa_compile.errors import OptionError
-from larosa_compile.passes.analysis import analyse
 from larosa_compile.passes.graph import Refusal, rows
-from larosa_compile.passes.pipeline import Rewritten, rewrite
+from larosa_compile.passes.pipeline import Rewritten, facts_of, rewrite
+from larosa_compile.passes.plan import Plan
+from larosa_compile.passes.streams import Stream
 from larosa_compile.recipe import Recipe
 
 
@@ -36,6 +36,22 @@ class SiteReport:
     written: str | None
     dense_bytes: int
     sparse_bytes: int
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """A residual stream: its width, who reads and writes it, and in which bases it is read."""
+
+    features: int
+    readers: int
+    writers: int
+    bases: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.features} features, {self.readers} reader groups, {self.writers} linear writers, "
+            f"read in {len(self.bases)} bases"
+        )
 
 
 @dataclass(frozen=True)
@@ -58,7 +74,7 @@ class GraphReport:
 
     rows: str
     recipe: str
-    streams: tuple[str, ...]
+    streams: tuple[StreamReport, ...]
     sites: tuple[SiteReport, ...]
     online: tuple[OnlineReport, ...]
     other_bytes: int
@@ -97,7 +113,7 @@ class GraphReport:
             refusals.add_row(refusal.site, refusal.reason)
         streams = _table("residual stream")
         for stream in self.streams or ("none found",):
-            streams.add_row(stream)
+            streams.add_row(str(stream))
         header = (
             f"graph over {self.rows} token(s); {self.recipe}\n"
             f"linear weight bytes per decoded token: {self.dense_bytes:,} dense, {self.sparse_bytes:,} sparse "
@@ -127,8 +143,11 @@ def _joined(paths: tuple[str, ...]) -> str:
     return " + ".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
 
 
-def report_of(rewritten: Rewritten, recipe: str) -> GraphReport:
-    """The report of one rewritten graph; `recipe` says in a few words where its choices come from."""
+def report_of(rewritten: Rewritten, recipe: str, faults: Sequence[Refusal] = ()) -> GraphReport:
+    """The report of one rewritten graph.
+
+    recipe: where its choices come from, in a few words. faults: what the self-check took out, and why.
+    """
     plan = rewritten.plan
     sites = tuple(
         SiteReport(
@@ -144,18 +163,25 @@ def report_of(rewritten: Rewritten, recipe: str) -> GraphReport:
         for folded in rewritten.sites
     )
     streams = tuple(
-        f"{stream.features} features, {len(stream.readers)} reader groups, {len(stream.writers)} linear writers, "
-        f"{len({site.basis for site in plan.sites if site.reader in stream.readers})} bases"
+        StreamReport(stream.features, len(stream.readers), len(stream.writers), _bases_of(stream, plan))
         for stream in plan.facts.streams
     )
     online = tuple(
-        OnlineReport(item.start, item.end, item.source.name, rewritten.folded[item.matrix].bytes)
+        OnlineReport(item.change.start, item.change.end, item.change.source.name, rewritten.folded[item.matrix].bytes)
         for item in rewritten.online
     )
     planned = {path for site in sites for path in site.paths}
     other = sum(linear.weight_bytes for linear in plan.facts.linears if linear.path not in planned)
     tokens = str(rows(plan.facts.linears[0].activation)) if plan.facts.linears else "0"
-    return GraphReport(tokens, recipe, streams, sites, online, other, plan.refusals)
+    # what a site was taken out for says more than that the plan has no choice for it
+    reasons = {refusal.site: refusal for refusal in (*plan.refusals, *faults)}
+    return GraphReport(tokens, recipe, streams, sites, online, other, tuple(reasons.values()))
+
+
+def _bases_of(stream: Stream, plan: Plan) -> tuple[str, ...]:
+    """The bases that a stream is read in, the model's own aside."""
+    bases = [site.basis for site in plan.sites if site.reader in stream.readers and site.basis is not None]
+    return tuple(dict.fromkeys(bases))
 
 
 class Report:
@@ -196,7 +222,8 @@ def explain(
         return Report(reports)
     recipe = recipe or registry.recipe_of(original.parameters())
     if recipe is not None:
-        recipe.check_parameters({path: tuple(p.shape) for path, p in original.named_parameters()})
+        # here rather than in the backend below, whose errors Dynamo wraps
+        recipe.locate({registry.path_of(p) or path: tuple(p.shape) for path, p in original.named_parameters()})
     if example_inputs is None:
         dummy = getattr(original, "dummy_inputs", None)
         if not isinstance(dummy, Mapping) or "input_ids" not in dummy:
@@ -205,14 +232,15 @@ def explain(
     graphs: list[GraphReport] = []
 
     def plan_graph(captured: Captured) -> Boxed:
-        original_graph = GraphModule(captured.graph.module, copy.deepcopy(captured.graph.graph))
+        planned, module = captured.copy(), captured.graph.module
         if recipe is None:
-            choices = allocate(analyse(captured.graph), sparsity, Coefficients(), "layer")
+            choices = allocate(facts_of(planned.graph, planned.fake_mode), sparsity, Coefficients(), "layer")
             origin = f"not calibrated: the plan at nominal sparsity {sparsity:g}"
         else:
+            planned = planned.renamed(recipe.locate(planned.shapes))
             choices, origin = dict(recipe.sites), described(recipe)
-        graphs.append(report_of(rewrite(captured.graph, choices, captured.fake_mode), origin))
-        return boxed(lambda inputs: original_graph(*inputs))
+        graphs.append(report_of(rewrite(planned.graph, choices, planned.fake_mode), origin))
+        return boxed(lambda inputs: module(*inputs))
 
     def backend(graph: GraphModule, inputs: Sequence[Any]) -> Any:
         return capture(graph, inputs, plan_graph)

@@ -40,7 +40,8 @@ def best_coefficients(
     scored = []
     with progress_bar(progress) as bar:
         for coefficients in bar.track(grid, description="coefficients"):
-            candidate = recipe.with_coefficients(coefficients.by_kind)
+            by_kind = {"reader": coefficients.readers, "writer": coefficients.writers}
+            candidate = recipe.with_coefficients(by_kind)
             options: Any = {"recipe": candidate, "lowering": "eager"}
             losses = next_token_losses(torch.compile(model, backend="larosa", options=options), held_out)
             registry.drop_graphs()

@@ -42,7 +42,14 @@ def fold_weight(
     return folded if write is None else folded @ write.double()
 
 
-def fold_bias(bias: torch.Tensor | None, out_features: int, write: torch.Tensor | None = None) -> torch.Tensor:
-    """`b Q_write`, [out]; zeros where there is no bias."""
-    folded = torch.zeros(out_features, dtype=torch.float64) if bias is None else bias.double().reshape(-1)
+def fold_bias(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    write: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`(b + shift W) Q_write`, [out]; weight [in, out], bias [out] up to leading ones, shift [in]; None is zero."""
+    folded = torch.zeros(weight.shape[1], dtype=torch.float64) if bias is None else bias.double().reshape(-1)
+    if shift is not None:
+        folded = folded + shift.double() @ weight.double()
     return folded if write is None else folded @ write.double()

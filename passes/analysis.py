@@ -38,8 +38,16 @@ class GraphFacts:
 
     @cached_property
     def writers(self) -> set[str]:
-        """Paths of the linears that write to a stream."""
-        return {linear.path for stream in self.streams for linear in stream.writers.values()}
+        """Paths of the last linears before a stream: what they compute enters it, perhaps through a norm or a gain."""
+        products = {linear.product: linear for linear in self.linears}
+        seen: set[Node] = set()
+        pending = [entry for stream in self.streams for entry in stream.entries]
+        while pending:
+            node = pending.pop()
+            if node not in seen:
+                seen.add(node)
+                pending.extend(node.all_input_nodes if node not in products else ())
+        return {linear.path for product, linear in products.items() if product in seen}
 
     @cached_property
     def feeding_streams(self) -> set[str]:

@@ -1,11 +1,12 @@
 """Rewrite 2: the weights of every site, folded and packed. Exact by itself.
 
-Norm scales and the rotations next to a site move into its weight, in float64, rounded once:
+The scale and shift of a norm, and the rotations next to a site, move into its weight, in float64, rounded once:
 
-    read:  W ← Qᵀ diag(g) W      write:  W ← W Q,  b ← b Q      (W is [in, out], y = x W + b; method: folds 1, 3)
+    read:  b ← b + s W,  W ← Qᵀ diag(g) W      write:  W ← W Q,  b ← b Q      (W is [in, out], y = x W + b; method:
+    folds 1 to 3; x is the activation before scale g and shift s)
 
 Linears that read one activation become one product over their weights side by side, stored input-major so
-that a dropped input is a row not read.
+that a dropped input is a row not read. Stacked weights (one per expert) keep their product and are folded in place.
 """
 
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ import torch
 from torch.fx import Node
 
 from larosa_compile.passes.algebra import Basis, Rotations, fold_bias, fold_weight, matrix
-from larosa_compile.passes.graph import aten, is_call, value
+from larosa_compile.passes.bases import Place
+from larosa_compile.passes.graph import aten, value
 from larosa_compile.passes.linears import Linear
-from larosa_compile.passes.norms import is_squared_length
-from larosa_compile.passes.parameters import ParameterExpression, Parameters, parameter_expression
+from larosa_compile.passes.norms import FeatureAffine
+from larosa_compile.passes.parameters import Parameters
 from larosa_compile.passes.plan import Plan, Site
 from larosa_compile.passes.rewriting import FoldedTensor, GraphEditor
 from larosa_compile.passes.rotate import OnlineRotation
@@ -26,85 +28,109 @@ from larosa_compile.passes.streams import StreamReader
 
 @dataclass(frozen=True)
 class LinearFold:
-    """One linear with what moves into it: a norm's scale and a rotation on its input, a rotation on its output."""
+    """One linear with what moves into it: a norm's scale and shift and a rotation before it, a rotation after it."""
 
     linear: Linear
-    scale: ParameterExpression | None
+    affine: FeatureAffine | None
     read: Basis
     write: Basis
 
 
 @dataclass(frozen=True)
 class FoldedSite:
-    """A site after folding: its one product, and the basis its outputs are written in."""
+    """A site after folding: its products over one activation, and the basis its outputs are written in.
+
+    A site of plain linears has one product, `mm(activation, weight)`; of stacked ones, a product each.
+    """
 
     site: Site
-    product: Node
+    activation: Node
+    products: tuple[Node, ...]
     written: Basis
 
 
 def fold_sites(
     editor: GraphEditor, plan: Plan, online: list[OnlineRotation]
 ) -> tuple[list[FoldedSite], list[OnlineRotation]]:
-    """Replaces each site's linears by one `mm` over a folded weight.
+    """Replaces each site's linears by products over folded weights.
 
     Returns the folded sites, and the rotations that stay online.
     """
-    sites = [_fold_site(editor, plan, site, online) for site in plan.sites]
-    _fold_tables(editor, online)
+    rotations = {(made.change.source, made.change.end): made for made in online}
+    writes = {made.change.source: made for made in online if made.change.place is Place.WEIGHT}
+    sites = []
+    for site in plan.sites:
+        folds = []
+        for linear in site.linears:
+            write = writes.get(linear.product)
+            affine = site.reader.affine if site.reader else None
+            folds.append(LinearFold(linear, affine, site.basis, write.change.end if write else None))
+            if write:
+                # the rotation of the output is in the weight now: whoever read it reads the linear itself
+                write.result.replace_all_uses_with(linear.product)
+        with editor.graph.inserting_before(site.linears[0].product):
+            activation = _activation(editor, plan, site, rotations)
+            fold = _fold_stacked if site.group.stacked else _fold_plain
+            products = fold(editor, activation, folds)
+        sites.append(FoldedSite(site, activation, products, folds[0].write))
     editor.drop_dead()
     alive = set(editor.graph.nodes)
-    return sites, [rotation for rotation in online if rotation.product in alive]
+    return sites, [made for made in online if made.product in alive]
 
 
-def _fold_site(editor: GraphEditor, plan: Plan, site: Site, online: list[OnlineRotation]) -> FoldedSite:
-    group, reader = site.group, site.reader
-    scale = reader.scale if reader else None
-    folds = []
-    for linear in group.linears:
-        write = _only_rotation_of(linear.product, online)
-        folds.append(LinearFold(linear, scale.scale if scale else None, site.basis, write.end if write else None))
-        if write:
-            # the rotation of the output is in the weight now: whoever read it reads the linear itself
-            write.result.replace_all_uses_with(linear.product)
-
-    first = group.linears[0].product
-    with editor.graph.inserting_before(first):
+def _activation(
+    editor: GraphEditor, plan: Plan, site: Site, rotations: dict[tuple[Node, Basis], OnlineRotation]
+) -> Node:
+    """What the folded site reads: its stream in its basis, before any scale; or what its linears read."""
+    reader, first = site.reader, site.linears[0]
+    if reader is None:
         # not `group.activation`: a rotation, or the product of another site, may stand in its place by now
-        activation = first.args[-2]
-        assert isinstance(activation, Node)
-        if reader:
-            activation = _operand_in_basis(plan, reader, site.basis, online)
-            activation = editor.replay(group.chain, activation) if scale else activation
-            activation = editor.cast(activation, value(group.activation).dtype)  # type: ignore[union-attr]
-        weight = editor.folded_input(f"weight {group.name}", _packed_weight(folds))
-        product = editor.call(f"product {group.name}", aten.mm.default, activation, weight)
-        result = product
-        if any(linear.bias is not None for linear in group.linears):
-            bias = editor.folded_input(f"bias {group.name}", _packed_bias(folds))
-            result = editor.call(f"biased {group.name}", aten.add.Tensor, product, bias)
-        start = 0
-        for linear in group.linears:
-            end = start + linear.out_features
-            part = result
-            if len(group.linears) > 1:
-                part = editor.call(f"{linear.product.name}_part", aten.slice.Tensor, result, 1, start, end)
-            linear.product.replace_all_uses_with(part)
-            start = end
-    return FoldedSite(site, product, folds[0].write)
+        operand = first.product.args[-2 if not site.group.stacked else 0]
+        assert isinstance(operand, Node)
+        return operand
+    operand = _in_basis(plan, reader, site.basis, rotations)
+    if reader.affine:
+        operand = editor.replay(reader.affine.path, operand)
+    return editor.cast_like(operand, first.activation)
 
 
-def _only_rotation_of(product: Node, online: list[OnlineRotation]) -> OnlineRotation | None:
-    """The rotation of a linear's output, if nothing else reads the unrotated output."""
-    found = [rotation for rotation in online if rotation.source is product]
-    return found[0] if len(found) == 1 and set(product.users) == {found[0].product} else None
+def _in_basis(
+    plan: Plan, reader: StreamReader, basis: Basis, rotations: dict[tuple[Node, Basis], OnlineRotation]
+) -> Node:
+    """The stream node that a reader sees, in `basis`."""
+    return reader.source if plan.bases[reader.source] == basis else rotations[reader.source, basis].result
 
 
-def _operand_in_basis(plan: Plan, reader: StreamReader, basis: Basis, online: list[OnlineRotation]) -> Node:
-    """What the reader sees, before the rotation back to the model's basis and before the norm's scale."""
-    if plan.bases[reader.source] == basis:
-        return reader.source
-    return next(made.result for made in online if made.source is reader.source and made.end == basis)
+def _fold_plain(editor: GraphEditor, activation: Node, folds: list[LinearFold]) -> tuple[Node]:
+    name = folds[0].linear.path
+    weight = editor.folded_input(f"weight {name}", _packed_weight(folds))
+    product = editor.call(f"product {name}", aten.mm.default, activation, weight)
+    result = product
+    if any(fold.linear.bias or (fold.affine and fold.affine.shifts) for fold in folds):
+        bias = editor.folded_input(f"bias {name}", _packed_bias(folds))
+        result = editor.call(f"biased {name}", aten.add.Tensor, product, bias)
+    start = 0
+    for fold in folds:
+        end = start + fold.linear.out_features
+        part = result
+        if len(folds) > 1:
+            part = editor.call(f"{fold.linear.product.name}_part", aten.slice.Tensor, result, 1, start, end)
+        fold.linear.product.replace_all_uses_with(part)
+        start = end
+    return (product,)
+
+
+def _fold_stacked(editor: GraphEditor, activation: Node, folds: list[LinearFold]) -> tuple[Node, ...]:
+    for fold in folds:
+        product, selection = fold.linear.product, fold.linear.selection
+        weight = editor.folded_input(f"weight {fold.linear.path}", _stacked_weight(fold))
+        if selection is not None:
+            with editor.graph.inserting_before(product):
+                assert callable(selection.target)
+                chosen = f"{selection.name}_folded"
+                weight = editor.call(chosen, selection.target, weight, *selection.args[1:], **selection.kwargs)
+        product.args = (activation, weight, *product.args[2:])
+    return tuple(fold.linear.product for fold in folds)
 
 
 def _packed_weight(folds: list[LinearFold]) -> FoldedTensor:
@@ -116,16 +142,33 @@ def _packed_weight(folds: list[LinearFold]) -> FoldedTensor:
         packed = torch.empty(rows, columns, dtype=fake.dtype, device=fake.device)
         start = 0
         for fold in folds:
-            weight = fold.linear.weight.evaluate(parameters)
-            scale = fold.scale.evaluate(parameters) if fold.scale else None
             end = start + fold.linear.out_features
-            packed[:, start:end] = fold_weight(
-                weight, scale, matrix(rotations, fold.read), matrix(rotations, fold.write)
-            )
+            weight = fold.linear.weight.evaluate(parameters)
+            packed[:, start:end] = _folded(fold, weight, parameters, rotations)
             start = end
         return packed
 
     return FoldedTensor(_key("weight", folds), _paths(folds), (rows, columns), fake.dtype, fake.device, build)
+
+
+def _stacked_weight(fold: LinearFold) -> FoldedTensor:
+    linear, fake = fold.linear, value(fold.linear.product)
+    assert fake is not None
+    shape = (linear.experts, linear.in_features, linear.out_features)
+
+    def build(parameters: Parameters, rotations: Rotations) -> torch.Tensor:
+        stack = torch.empty(shape, dtype=fake.dtype, device=fake.device)
+        # one at a time: a stack in float64 would be four times the model's largest tensor
+        for folded, weight in zip(stack, linear.weight.evaluate(parameters), strict=True):
+            folded.copy_(_folded(fold, weight, parameters, rotations))
+        return stack
+
+    return FoldedTensor(_key("stack", [fold]), _paths([fold]), shape, fake.dtype, fake.device, build)
+
+
+def _folded(fold: LinearFold, weight: torch.Tensor, parameters: Parameters, rotations: Rotations) -> torch.Tensor:
+    scale = fold.affine.evaluate(parameters)[0] if fold.affine else None
+    return fold_weight(weight, scale, matrix(rotations, fold.read), matrix(rotations, fold.write))
 
 
 def _packed_bias(folds: list[LinearFold]) -> FoldedTensor:
@@ -134,54 +177,28 @@ def _packed_bias(folds: list[LinearFold]) -> FoldedTensor:
     columns = sum(fold.linear.out_features for fold in folds)
 
     def build(parameters: Parameters, rotations: Rotations) -> torch.Tensor:
-        parts = [
-            fold_bias(
-                fold.linear.bias.evaluate(parameters) if fold.linear.bias else None,
-                fold.linear.out_features,
-                matrix(rotations, fold.write),
+        parts = []
+        for fold in folds:
+            bias, shift = fold.linear.bias, fold.affine.evaluate(parameters)[1] if fold.affine else None
+            parts.append(
+                fold_bias(
+                    fold.linear.weight.evaluate(parameters),
+                    bias.evaluate(parameters) if bias else None,
+                    shift,
+                    matrix(rotations, fold.write),
+                )
             )
-            for fold in folds
-        ]
         return torch.cat(parts).to(fake.device, fake.dtype)
 
     return FoldedTensor(_key("bias", folds), _paths(folds), (columns,), fake.dtype, fake.device, build)
 
 
-def _fold_tables(editor: GraphEditor, online: list[OnlineRotation]) -> None:
-    """Folds the rotation of looked-up rows into their table where the table is the smaller of the two.
-
-    A vocabulary matrix never is: it would be stored twice to save reading one [features, features] matrix.
-    """
-    for rotation in online:
-        lookup = rotation.source
-        seen_by = {user for user in lookup.users if not is_squared_length(user, lookup)}
-        if not is_call(lookup, aten.embedding.default) or not seen_by <= {rotation.product, rotation.product.args[0]}:
-            continue
-        operand = lookup.args[0]
-        fake, table = value(operand), parameter_expression(operand, editor.source)
-        if not isinstance(operand, Node) or fake is None or table is None or fake.shape[0] > fake.shape[1]:
-            continue
-
-        def build(
-            parameters: Parameters,
-            rotations: Rotations,
-            table: ParameterExpression = table,
-            end: Basis = rotation.end,
-        ) -> torch.Tensor:
-            rows = table.evaluate(parameters)
-            return fold_weight(rows, write=matrix(rotations, end)).to(rows.dtype)
-
-        key = f"table {table} -> {rotation.end}"
-        folded = FoldedTensor(key, (table.path,), tuple(map(int, fake.shape)), fake.dtype, fake.device, build)
-        lookup.replace_input_with(operand, editor.folded_input(f"table {table.path}", folded))
-        rotation.result.replace_all_uses_with(lookup)
-
-
 def _key(kind: str, folds: list[LinearFold]) -> str:
-    parts = [f"{fold.linear.weight} + {fold.linear.bias} * {fold.scale} {fold.read} -> {fold.write}" for fold in folds]
+    parts = [f"{fold.linear.weight} + {fold.linear.bias} {fold.affine} {fold.read} -> {fold.write}" for fold in folds]
     return f"{kind} {value(folds[0].linear.product).dtype} " + " | ".join(parts)  # type: ignore[union-attr]
 
 
 def _paths(folds: list[LinearFold]) -> tuple[str, ...]:
-    parts = [part for fold in folds for part in (fold.linear.weight, fold.linear.bias, fold.scale) if part]
-    return tuple(dict.fromkeys(part.path for part in parts))
+    paths = [path for fold in folds for path in (fold.linear.path, fold.linear.bias and fold.linear.bias.path)]
+    paths += [path for fold in folds if fold.affine for path in fold.affine.parameter_paths]
+    return tuple(dict.fromkeys(path for path in paths if path))

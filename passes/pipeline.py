@@ -1,15 +1,17 @@
-"""The order of the passes, in one place: analysis → plan → rotate → fold → sparsify."""
+"""The order of the passes, in one place: canonicalise → analysis → plan → rotate → fold → sparsify."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from larosa_compile.passes.analysis import analyse
+from larosa_compile.passes.analysis import GraphFacts, analyse
+from larosa_compile.passes.canonical import canonicalise
 from larosa_compile.passes.fold import FoldedSite, fold_sites
-from larosa_compile.passes.graph import ParameterGraph
+from larosa_compile.passes.graph import ParameterGraph, aten
 from larosa_compile.passes.plan import Plan, SiteChoice, make_plan
 from larosa_compile.passes.rewriting import FoldedTensor, GraphEditor
 from larosa_compile.passes.rotate import OnlineRotation, insert_rotations
@@ -30,6 +32,11 @@ class Rewritten:
     online: tuple[OnlineRotation, ...]
 
 
+def facts_of(graph: ParameterGraph, fake_mode: FakeTensorMode) -> GraphFacts:
+    """Brings `graph` into canonical form, in place, and analyses it: what calibration and plans start from."""
+    return analyse(canonicalise(GraphEditor(graph, fake_mode)))
+
+
 def rewrite(
     graph: ParameterGraph,
     choices: Mapping[str, SiteChoice],
@@ -39,7 +46,7 @@ def rewrite(
     """Runs every pass on `graph` in place. `choices`: parameter path -> what the recipe says of that site."""
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     observe("input", graph.graph)
-    plan = make_plan(analyse(graph), choices)
+    plan = make_plan(facts_of(graph, fake_mode), choices)
     editor = GraphEditor(graph, fake_mode)
 
     def finish(stage: str) -> None:
@@ -53,8 +60,27 @@ def rewrite(
     sparsify_sites(editor, sites, online)
     finish("sparsify")
 
-    # new strides (q, k and v are now columns of one product) reach every user's fake value
     graph.module.recompile()
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    FakeTensorProp(graph.module, fake_mode).propagate_dont_convert_inputs(*(node.meta["val"] for node in placeholders))
+    _Propagation(graph.module, fake_mode).propagate_dont_convert_inputs(*(node.meta["val"] for node in placeholders))
     return Rewritten(plan, tuple(sites), editor.folded, tuple(online))
+
+
+class _Propagation(FakeTensorProp):
+    """Brings new strides (q, k and v are now columns of one product) to every user's fake value.
+
+    A view that these strides do not allow becomes a reshape.
+    """
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return super().call_function(target, args, kwargs)
+        except (RuntimeError, ValueError):
+            if target is not aten.view.default:
+                raise
+            self._node.target = aten.reshape.default
+            return super().call_function(aten.reshape.default, args, kwargs)
+
+    def run_node(self, n: Node) -> Any:
+        self._node = n
+        return super().run_node(n)

@@ -1,7 +1,6 @@
-"""The plan: what each site keeps and in which basis every stream node lives. In memory, from facts and a recipe.
+"""The plan: what each site keeps, in which basis every stream node lives, and where each change of basis is computed.
 
-Bases are named; None is the model's own basis. The plan decides nothing about storage: `rotate` makes every
-change of basis explicit and `fold` absorbs what it can.
+In memory, from facts and a recipe. Bases are named; None is the model's own.
 """
 
 from collections.abc import Mapping
@@ -13,9 +12,10 @@ from torch.fx import Node
 from larosa_compile.kernels.support import refusal_reason
 from larosa_compile.passes.algebra import Basis
 from larosa_compile.passes.analysis import GraphFacts
-from larosa_compile.passes.graph import Refusal, aten, is_call, rotation_operands, value
+from larosa_compile.passes.bases import BasisChange, assign_bases
+from larosa_compile.passes.graph import Refusal, value
 from larosa_compile.passes.linears import ActivationGroup, Linear
-from larosa_compile.passes.streams import Stream, StreamReader, carried_from
+from larosa_compile.passes.streams import StreamReader
 
 _NO_SITE = "the recipe has no such site"
 _NOT_IN_A_BLOCK = "what it computes feeds no residual stream (a head); the method leaves it dense"
@@ -45,14 +45,18 @@ class Site:
     basis: Basis
 
     @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.group.linears
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of weight that a dense decode step reads here."""
-        return sum(linear.weight_bytes for linear in self.group.linears)
+        return sum(linear.weight_bytes for linear in self.linears)
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of weight that a sparse decode step reads here."""
-        return self.weight_bytes // self.group.features * self.kept
+        """Bytes of weight that a sparse decode step reads here. A stack's product has no kernel that skips rows."""
+        return self.weight_bytes if self.group.stacked else self.weight_bytes // self.group.features * self.kept
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Plan:
     facts: GraphFacts
     sites: tuple[Site, ...]
     bases: dict[Node, Basis]
+    changes: tuple[BasisChange, ...]
     refusals: tuple[Refusal, ...]
 
 
@@ -85,13 +90,16 @@ def make_plan(facts: GraphFacts, choices: Mapping[str, SiteChoice]) -> Plan:
                 continue
             members.setdefault((choice.sparsity, choice.basis), []).append(linear)
         for (sparsity, basis), linears in members.items():
-            part = ActivationGroup(group.origin, group.chain, tuple(linears))
+            part = ActivationGroup(tuple(linears))
             kept = kept_features(sparsity, group.features)
             sites.append(Site(part, reader if basis is not None else None, sparsity, kept, basis))
     bases: dict[Node, Basis] = {}
+    changes: list[BasisChange] = []
     for stream in facts.streams:
-        bases |= _assign_bases(stream, sites)
-    return Plan(facts, tuple(sites), bases, tuple(refusals))
+        assigned, needed = assign_bases(stream, sites, facts.graph)
+        bases |= assigned
+        changes += needed
+    return Plan(facts, tuple(sites), bases, tuple(changes), tuple(refusals))
 
 
 def _refuse(linear: Linear, choice: SiteChoice | None, reader: StreamReader | None, facts: GraphFacts) -> str | None:
@@ -102,33 +110,3 @@ def _refuse(linear: Linear, choice: SiteChoice | None, reader: StreamReader | No
     fake = value(linear.product)
     assert fake is not None
     return refusal_reason(fake.device, fake.dtype)
-
-
-def _assign_bases(stream: Stream, sites: list[Site]) -> dict[Node, Basis]:
-    """A basis for every node of a stream, so that few edges change it and the foldable ones do where possible.
-
-    What enters the stream is in the model's own basis. A value that readers see is in the first reader's basis
-    from the add that made it; everything in between is in the basis of its first user, so that a writer ends in
-    the basis of the next layer and only the skip path changes basis there (method: fold 4).
-    """
-    wanted = {site.reader.source: site.basis for site in sites if site.reader}
-    if not any(reader.source in wanted for reader in stream.readers):
-        return {}
-    bases: dict[Node, Basis] = dict.fromkeys(stream.entries)
-    for reader in stream.readers:
-        basis = wanted.get(reader.source)
-        bases.setdefault(reader.source, basis)
-        bases.setdefault(carried_from(reader.source), basis)
-    inside = set(stream.nodes)
-    for node in reversed(stream.nodes):
-        if node not in bases:
-            users = [user for user in node.users if user in inside]
-            bases[node] = bases[users[0]] if users else None
-    foldable = {linear.product for site in sites for linear in site.group.linears}
-    for node in stream.nodes:
-        # a sum of embeddings is rotated once, after the add, rather than each of its terms
-        if is_call(node, aten.add.Tensor, aten.sub.Tensor) and all(
-            bases[entry] is None and entry not in foldable for entry in map(carried_from, rotation_operands(node))
-        ):
-            bases[node] = None
-    return bases

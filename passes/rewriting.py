@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from larosa_compile.passes.algebra import Rotations
-from larosa_compile.passes.graph import ParameterGraph, aten, prims, rotation_operands, value
+from larosa_compile.passes.equivariance import rotation_operands
+from larosa_compile.passes.graph import ParameterGraph, aten, prims, value
 from larosa_compile.passes.parameters import Parameters
 
 
@@ -42,6 +45,9 @@ class GraphEditor:
     source: ParameterGraph
     fake_mode: FakeTensorMode
     folded: dict[Node, FoldedTensor] = field(default_factory=dict)
+    created: set[Node] = field(default_factory=set)
+    _inputs: dict[str, Node] = field(default_factory=dict)
+    _last_input: Node | None = None
 
     @property
     def graph(self) -> Graph:
@@ -50,8 +56,16 @@ class GraphEditor:
     @property
     def last_input(self) -> Node:
         """The last placeholder; what reads any input stands after it."""
-        placeholders: list[Node] = [node for node in self.graph.nodes if node.op == "placeholder"]
-        return placeholders[-1]
+        if self._last_input is None:
+            # found once: looking for it at every insertion would take time quadratic in layers
+            self._last_input = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        return self._last_input
+
+    def inserting_after(self, node: Node) -> AbstractContextManager[Any]:
+        """Insertion right after a node; after an input, behind all inputs."""
+        after = node if node.op != "placeholder" else self.last_input
+        manager: AbstractContextManager[Any] = self.graph.inserting_before(after.next)
+        return manager
 
     def call(self, name: str, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """Adds a call at the current insertion point."""
@@ -59,38 +73,43 @@ class GraphEditor:
         fakes = map_arg((args, kwargs), lambda operand: operand.meta["val"])
         with self.fake_mode:
             node.meta["val"] = target(*fakes[0], **fakes[1])
+        self.created.add(node)
         return node
 
     def folded_input(self, name: str, tensor: FoldedTensor) -> Node:
         """The placeholder of a folded tensor; the same one when it is asked for again."""
-        for node, known in self.folded.items():
-            if known.key == tensor.key:
-                return node
+        known = self._inputs.get(tensor.key)
+        if known is not None:
+            return known
         with self.graph.inserting_after(self.last_input):
             node = self.graph.create_node("placeholder", name, name=name)
             node.target = node.name  # a valid identifier by now
         with self.fake_mode:
             node.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         self.folded[node] = tensor
+        self._inputs[tensor.key] = self._last_input = node
         return node
 
     def drop_dead(self) -> None:
         """Erases what nothing reads any more, folded inputs included."""
         self.graph.eliminate_dead_code()
+        self._last_input = None
         for node in [node for node in self.folded if not node.users]:
-            del self.folded[node]
+            del self._inputs[self.folded.pop(node).key]
             self.graph.erase_node(node)
 
     def replay(self, chain: tuple[Node, ...], onto: Node) -> Node:
-        """Copies a chain of single-tensor operations so that it starts from `onto`."""
+        """Copies a chain of operations that carry on one tensor so that it starts from `onto`."""
         for step in chain:
             (previous,) = rotation_operands(step)
             assert callable(step.target)
-            args = tuple(onto if operand is previous else operand for operand in step.args)
-            onto = self.call(f"{step.name}_unscaled", step.target, *args, **step.kwargs)
+            args, kwargs = map_arg((step.args, step.kwargs), partial(_replaced, old=previous, new=onto))
+            onto = self.call(f"{step.name}_unscaled", step.target, *args, **kwargs)
         return onto
 
-    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+    def cast_like(self, node: Node, model: Node) -> Node:
+        """The node in the dtype of `model`."""
+        dtype = model.meta["val"].dtype
         if node.meta["val"].dtype == dtype:
             return node
         return self.call(f"{node.name}_cast", prims.convert_element_type.default, node, dtype)
@@ -114,3 +133,7 @@ class GraphEditor:
             for dim, size in enumerate(fake.shape)
         ]
         return self.call(f"{rows.name}_shaped", aten.reshape.default, rows, sizes)
+
+
+def _replaced(node: Node, old: Node, new: Node) -> Node:
+    return new if node is old else node

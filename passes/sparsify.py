@@ -1,8 +1,11 @@
 """Rewrite 3: exact Top-K at every site. The only rewrite that changes what the model computes.
 
-A site's product becomes `larosa::sparse_linear`, which keeps the k inputs of largest magnitude of every row.
-The rotations that stayed online take the same op with nothing dropped, hence the same kernel.
+A site's product becomes `larosa::sparse_linear`, which keeps the k inputs of largest magnitude of every row. A product
+with a stack of weights keeps its own op and reads what `larosa::sparsify` left of its activation. The rotations that
+stayed online take the op of the sites with nothing dropped, hence the same kernel.
 """
+
+from torch.fx import Node
 
 from larosa_compile.kernels import ops
 from larosa_compile.passes.fold import FoldedSite
@@ -11,11 +14,29 @@ from larosa_compile.passes.rotate import OnlineRotation
 
 
 def sparsify_sites(editor: GraphEditor, sites: list[FoldedSite], online: list[OnlineRotation]) -> None:
-    """Replaces the folded products of sites, and the online rotations, by sparse linears."""
-    kept = {folded.product: folded.site.kept for folded in sites}
-    kept |= {rotation.product: editor.folded[rotation.matrix].shape[0] for rotation in online}
-    for node, k in kept.items():
-        with editor.graph.inserting_before(node):
-            sparse = editor.call(f"sparse_{node.name}", ops.sparse_linear, *node.args, k)
-        node.replace_all_uses_with(sparse)
-        editor.graph.erase_node(node)
+    """Makes the folded products of sites sparse, and the online rotations products of the same op."""
+    for folded in sites:
+        if folded.site.group.stacked:
+            _sparsify_activation(editor, folded)
+        else:
+            _make_sparse(editor, folded.products[0], folded.site.kept)
+    for rotation in online:
+        _make_sparse(editor, rotation.product, editor.folded[rotation.matrix].shape[0])
+
+
+def _make_sparse(editor: GraphEditor, product: Node, kept: int) -> None:
+    with editor.graph.inserting_before(product):
+        sparse = editor.call(f"sparse_{product.name}", ops.sparse_linear, *product.args, kept)
+    product.replace_all_uses_with(sparse)
+    editor.graph.erase_node(product)
+
+
+def _sparsify_activation(editor: GraphEditor, folded: FoldedSite) -> None:
+    site, dense = folded.site, folded.activation
+    if site.kept == site.group.features:
+        return
+    with editor.graph.inserting_before(folded.products[0]):
+        name = f"sparse_activation {site.group.name}"
+        sparse = editor.like(editor.call(name, ops.sparsify, editor.as_rows(dense), site.kept), dense)
+    for product in folded.products:
+        product.replace_input_with(dense, sparse)

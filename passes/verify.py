@@ -20,12 +20,12 @@ def verify(editor: GraphEditor, plan: Plan, stage: str, inputs: list[Node]) -> N
         if node not in editor.folded:
             raise GraphInvariantError(stage, node, "an added input has no folded tensor")
     for node in editor.graph.nodes:
-        if node.op == "call_function" and "val" not in node.meta:
+        if node in editor.created and "val" not in node.meta:
             raise GraphInvariantError(stage, node, "a new node carries no fake value")
         if is_call(node, aten.mm.default) and node.args[1] in editor.folded and stage == "sparsify":
             raise GraphInvariantError(stage, node, "a folded weight is still read by a dense product")
     if stage in ("fold", "sparsify"):
-        old = {linear.product for site in plan.sites for linear in site.group.linears}
+        old = {linear.product for site in plan.sites if not site.group.stacked for linear in site.linears}
         left = next((node for node in editor.graph.nodes if node in old), None)
         if left is not None:
             raise GraphInvariantError(stage, left, "a planned site was not replaced")

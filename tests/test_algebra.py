@@ -24,27 +24,32 @@ def _seed() -> None:
 
 
 @pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("read", [False, True])
 @pytest.mark.parametrize("written", [False, True])
-@pytest.mark.parametrize("leading", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("leading", [None, (), (1,), (1, 1)])
 def test_a_folded_linear_maps_one_basis_to_the_other(
-    scaled: bool, read: bool, written: bool, leading: tuple[int, ...]
+    scaled: bool, shifted: bool, read: bool, written: bool, leading: tuple[int, ...] | None
 ) -> None:
-    x, weight, bias = torch.randn(ROWS, IN), torch.randn(IN, OUT), torch.randn(OUT)
-    scale = torch.rand(*leading, IN) + 0.5 if scaled else None
+    """leading: of scale and bias; None is no bias."""
+    x, weight = torch.randn(ROWS, IN), torch.randn(IN, OUT)
+    bias = None if leading is None else torch.randn(*leading, OUT)
+    scale = torch.rand(*(leading or ()), IN) + 0.5 if scaled else None
+    shift = torch.randn(IN) if shifted else None
     start, end = orthogonal(IN) if read else None, orthogonal(OUT) if written else None
-    gain = 1.0 if scale is None else scale.double().reshape(-1)
-    y = (x.double() * gain) @ weight.double() + bias.double()
+    normed = x.double() * (1.0 if scale is None else scale.double().reshape(-1))
+    y = (normed + (0.0 if shift is None else shift.double())) @ weight.double()
+    y = y + (0.0 if bias is None else bias.double().reshape(-1))
     rotated = x.double() if start is None else x.double() @ start
-    found = rotated @ fold_weight(weight, scale, start, end) + fold_bias(bias, OUT, end)
+    found = rotated @ fold_weight(weight, scale, start, end) + fold_bias(weight, bias, shift, end)
     assert close(found, y if end is None else y @ end)
 
 
 def test_nothing_to_fold_is_a_cast() -> None:
     weight, bias = torch.randn(IN, OUT, dtype=torch.bfloat16), torch.randn(OUT, dtype=torch.bfloat16)
     assert torch.equal(fold_weight(weight), weight.double())
-    assert torch.equal(fold_bias(bias, OUT), bias.double())
-    assert torch.equal(fold_bias(None, OUT, orthogonal(OUT)), torch.zeros(OUT, dtype=torch.float64))
+    assert torch.equal(fold_bias(weight, bias), bias.double())
+    assert torch.equal(fold_bias(weight, write=orthogonal(OUT)), torch.zeros(OUT, dtype=torch.float64))
 
 
 def test_folds_leave_their_operands_alone() -> None:

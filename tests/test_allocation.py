@@ -68,7 +68,7 @@ def test_a_linear_that_neither_reads_nor_writes_is_other() -> None:
 def test_default_coefficients_keep_the_nominal_sparsity_on_average() -> None:
     default = Coefficients()
     assert (default.readers + default.writers) / 2 == default.others == 1
-    assert default.by_kind == {"reader": default.readers, "writer": default.writers, "other": default.others}
+    assert default.by_kind == {"reader": default.readers, "writer": default.writers, "other": default.others, "head": 0}
 
 
 @pytest.mark.parametrize(

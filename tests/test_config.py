@@ -68,15 +68,16 @@ def test_dump_variable_is_the_default_only(monkeypatch: pytest.MonkeyPatch, tmp_
     [
         (
             {"lowring": "eager"},
-            "unknown option 'lowring'; expected one of 'dump', 'lowering', 'recipe'; did you mean 'lowering'",
+            "unknown option 'lowring'; expected one of 'dump', 'lowering', 'recipe', 'self_check'; did you mean 'lowering'",
         ),
-        ({"sparsity": 0.5}, "unknown option 'sparsity'; expected one of 'dump', 'lowering', 'recipe'$"),
+        ({"sparsity": 0.5}, "unknown option 'sparsity'; expected one of 'dump', 'lowering', 'recipe', 'self_check'$"),
         ({3: None}, "unknown option 3;"),
         ({"recipe": 0.5}, "option 'recipe' must be a Recipe, the path of a recipe file, or None, got 0.5"),
         ({"recipe": ""}, "option 'recipe' must be"),
         ({"dump": True}, "option 'dump' must be the path of a folder, or None, got True"),
         ({"lowering": "triton"}, "option 'lowering' must be one of 'inductor', 'eager', got 'triton'"),
         ({"lowering": None}, "option 'lowering' must be"),
+        ({"self_check": 1}, "option 'self_check' must be True or False, got 1"),
         ({"lowering": ["eager"]}, "option 'lowering' must be"),
         ([("dump", None)], "options must be a mapping, got list"),
     ],

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from larosa_compile.capture import Captured
-from larosa_compile.passes.linears import Linear, find_linears, group_by_activation
+from larosa_compile.passes.canonical import canonicalise
+from larosa_compile.passes.linears import Linear, chain_to_origin, find_linears, group_by_activation
+from larosa_compile.passes.rewriting import GraphEditor
 from tests.support.graphs import capture_graph
 
-IN, OUT, ROWS = 24, 20, 5  # Inductor turns one-row products of at most 16 x 16 into sums
+IN, OUT, ROWS = 24, 16, 5  # Inductor turns one-row products of at most 16 x 16 into sums
 
 
 class Model(nn.Module):
@@ -27,6 +29,8 @@ class Model(nn.Module):
         self.row_bias = nn.Parameter(torch.randn(ROWS, OUT))
         self.one_bias = nn.Parameter(torch.randn(1))
         self.experts = nn.Parameter(torch.randn(2, IN, OUT))
+        self.wide = nn.Parameter(torch.randn(IN, 32))
+        self.uneven = nn.Parameter(torch.randn(2, 20, IN))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self, x)
@@ -100,20 +104,22 @@ def test_a_weight_cast_by_autocast_is_found(name: str) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Model, Tensor], Tensor], str, str]] = {
-    "bmm": (
-        lambda m, x: torch.bmm(x.expand(2, ROWS, IN), m.experts),
-        "experts",
-        "a batched product with a parameter is not supported; it stays dense",
-    ),
     "baddbmm": (
         lambda m, x: torch.baddbmm(m.row_bias.expand(2, ROWS, OUT), x.expand(2, ROWS, IN), m.experts),
         "experts",
-        "a batched product with a parameter is not supported; it stays dense",
+        "a batched product with a term added to it stays dense",
     ),
-    "einsum": (
-        lambda m, x: torch.einsum("ri,io->ro", x, m.stored),
-        "stored",
-        "a batched product with a parameter is not supported; it stays dense",
+    "groups of columns": (
+        lambda m, x: torch._grouped_mm(x.bfloat16(), m.wide.bfloat16(), offs=torch.tensor([16, 32], dtype=torch.int32)),
+        "wide",
+        "this form of a batched product is not supported; it stays dense",
+    ),
+    "groups of rows, unaligned": (
+        lambda m, x: torch._grouped_mm(
+            x.bfloat16(), m.uneven.bfloat16().mT, offs=torch.tensor([2, ROWS], dtype=torch.int32)
+        ),
+        "uneven",
+        "a folded weight would not have the strides that its product asks for",
     ),
     "alpha": (
         lambda m, x: torch.addmm(m.bias, x, m.stored, alpha=2),
@@ -142,8 +148,73 @@ def test_refusals_name_the_site_and_the_reason(name: str) -> None:
     assert refusal.reason.startswith(reason)
 
 
+STACKED: dict[str, Callable[[Model, Tensor], Tensor]] = {
+    "every expert": lambda m, x: torch.bmm(x.expand(2, ROWS, IN), m.experts),
+    "a stack in another layout": lambda m, x: torch.bmm(x.expand(2, ROWS, IN), m.experts.mT.contiguous().mT),
+    "a choice": lambda m, x: torch.bmm(x[:, None], m.experts[(x[:, 0] > 0).long()]),
+    "a selection": lambda m, x: torch.bmm(x[:, None], m.experts.index_select(0, (x[:, 0] > 0).long())),
+    "rows of each expert": lambda m, x: torch._grouped_mm(
+        x.bfloat16(), m.experts.bfloat16(), offs=torch.tensor([2, ROWS], dtype=torch.int32)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_stacks_of_weights(name: str) -> None:
+    """One linear with as many weights as the stack has, of which a row reads one."""
+    model, graph = captured(STACKED[name])
+    (linear,), refusals = find_linears(graph.graph)
+    assert not refusals
+    assert (linear.stacked, linear.experts, linear.bias) == (True, 2, None)
+    assert (linear.in_features, linear.out_features) == (IN, OUT)
+    assert (linear.selection is not None) == ("selection" in name or "choice" in name)
+    weight = linear.weight.evaluate(dict(model.named_parameters()))
+    assert torch.equal(weight, model.experts.to(weight.dtype))
+    itemsize = linear.product.meta["val"].dtype.itemsize
+    assert linear.weight_bytes == 2 * IN * OUT * itemsize
+    (group,) = group_by_activation([linear])
+    assert group.stacked and group.features == IN
+
+
+def test_one_row_reads_one_weight_of_a_stack() -> None:
+    _, graph = captured(lambda m, x: torch.bmm(x[:, None], m.experts[(x[:, 0] > 0).long()]), 1, IN)
+    (linear,), _ = find_linears(graph.graph)
+    assert linear.weight_bytes == IN * OUT * 4
+
+
+def test_stacks_and_single_weights_are_groups_of_their_own() -> None:
+    def function(m: Model, x: Tensor) -> Tensor:
+        y = x.tanh().expand(2, ROWS, IN)
+        return together(m.q(y), torch.bmm(y, m.experts), torch.bmm(y, m.experts * 2))
+
+    assert groups(function, ROWS, IN) == {frozenset({"q"}), frozenset({"experts"})}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("equation", ["ri,io->ro", "ri,io->or", "ri,ihd->rhd", "ir,io->ro"])
+def test_a_linear_written_as_einsum_reads_one_weight(equation: str, dynamic: bool) -> None:
+    """It is traced to a batch of one."""
+
+    def function(m: Model, x: Tensor) -> Tensor:
+        weight = m.stored.unflatten(1, (4, 4)) if "h" in equation else m.stored
+        return torch.einsum(equation, (x.T if equation.startswith("ir") else x).relu(), weight)
+
+    captured = capture_graph(Model(function), torch.randn(ROWS, IN), dynamic=dynamic or None)
+    ((linear,), refusals) = find_linears(canonicalise(GraphEditor(captured.graph, captured.fake_mode)))
+    assert not refusals
+    assert (linear.stacked, linear.in_features, linear.out_features) == (False, IN, OUT)
+
+
 @pytest.mark.parametrize(
-    "function", [lambda m, x: x @ x.T, lambda m, x: m.stored.T @ x.T, lambda m, x: x * m.v.bias[0]]
+    "function",
+    [
+        lambda m, x: x @ x.T,
+        lambda m, x: m.stored.T @ x.T,
+        lambda m, x: x * m.v.bias[0],
+        lambda m, x: x[0, 0] * (m.stored @ m.q.weight),
+        lambda m, x: x[0, 0] * torch.bmm(m.experts, m.experts.mT),
+        lambda m, x: torch.bmm(m.experts.mT, x.T.expand(2, -1, -1)),
+    ],
 )
 def test_what_multiplies_no_parameter_from_the_right_is_no_site(function: Callable[[Model, Tensor], Tensor]) -> None:
     _, graph = captured(function)
@@ -156,8 +227,8 @@ def groups(function: Callable[[Model, Tensor], Tensor], *shape: int, dynamic: bo
     for group in found:
         assert group.features == group.activation.meta["val"].shape[-1]
         assert group.name == group.linears[0].path
-        assert group.activation is (group.chain[-1] if group.chain else group.origin)
         assert group.activation is group.linears[0].activation
+        assert len({chain_to_origin(linear.activation)[0] for linear in group.linears}) == 1
     return {frozenset(linear.path.split(".")[0] for linear in group.linears) for group in found}
 
 

@@ -1,162 +1,191 @@
-"""Norms by structure: where the scale of an RMSNorm stands, in every spelling; and what is none."""
+"""What stands between a stream and its readers: every scale and shift is found, and evaluates to what it does."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import Interpreter, Node
 
-from larosa_compile.passes.analysis import GraphFacts, analyse
-from larosa_compile.passes.graph import rotation_operands
-from larosa_compile.passes.norms import feature_scale, is_squared_length
+from larosa_compile.capture import Captured
+from larosa_compile.passes.norms import FeatureAffine, feature_affine, feature_step
+from larosa_compile.passes.pipeline import facts_of
+from tests.support.blocks import rms
 from tests.support.graphs import capture_graph
+from tests.support.stages import placeholder_values
 
-D, EPS = 8, 1e-5
-
-
-class Block(nn.Module):
-    """`x + b(tanh(a(norm(x))))`, in the dtype of the linears."""
-
-    def __init__(self, norm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.norm = norm
-        self.weight, self.shift = nn.Parameter(torch.rand(D) + 0.5), nn.Parameter(torch.rand(D))
-        self.a, self.b = nn.Linear(D, 12), nn.Linear(12, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.b(torch.tanh(self.a(self.norm(x, self.weight, self.shift))))
-
-
-def rms(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
-
-
-# spelling -> (norm of x and its parameters, the scale it moves into the readers or None for none)
-SPELLINGS: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor] | None]] = {
-    "scale last": (lambda x, w, b: rms(x) * w, lambda w: w),
-    "scale first": (lambda x, w, b: w * rms(x), lambda w: w),
-    "one plus": (lambda x, w, b: rms(x) * (1 + w), lambda w: 1 + w),
-    "in float32": (lambda x, w, b: w * rms(x.float()).to(x.dtype), lambda w: w),
-    "all in float32": (lambda x, w, b: (rms(x.float()) * w.float()).to(x.dtype), lambda w: w.float()),
-    "one plus in float32": (lambda x, w, b: (rms(x.float()) * (1.0 + w.float())).type_as(x), lambda w: 1.0 + w.float()),
-    "functional": (lambda x, w, b: F.rms_norm(x, (D,), w, EPS), lambda w: w),
-    "functional without scale": (lambda x, w, b: F.rms_norm(x, (D,), None, EPS), None),
-    "sum of products": (
-        lambda x, w, b: x / torch.sqrt(torch.mul(x, x).sum(-1, keepdim=True) / D + EPS) * w,
-        lambda w: w,
-    ),
-    "no scale": (lambda x, w, b: rms(x), None),
-    "no mean": (lambda x, w, b: x * w, lambda w: w),
-    "scale with leading ones": (lambda x, w, b: rms(x) * w[None, None], lambda w: w[None, None]),
-    "no norm": (lambda x, w, b: x, None),
-    "times a number": (lambda x, w, b: 2 * (rms(x) * w), lambda w: w),
-}
-
-NO_READER: dict[str, Callable[..., Tensor]] = {
-    "layer norm": lambda x, w, b: F.layer_norm(x, (D,), w, b, EPS),
-    "layer norm without scale": lambda x, w, b: F.layer_norm(x, (D,)),
-    "shifted": lambda x, w, b: rms(x) * w + b,
-    "scaled by the activation": lambda x, w, b: rms(x) * x,
-    "scaled twice": lambda x, w, b: rms(x * b) * w,
-    "softmax": lambda x, w, b: x.softmax(-1) * w,
-}
-
-
-def facts(norm: Callable[..., Tensor], dtype: torch.dtype = torch.float32) -> tuple[Block, GraphFacts]:
-    torch.manual_seed(0)
-    model = Block(norm).to(dtype)
-    return model, analyse(capture_graph(model, torch.randn(2, 3, D, dtype=dtype)).graph)
-
-
-def leaves(node: Node) -> set[Node]:
-    """Where the features of a stream node come from."""
-    operands = rotation_operands(node)
-    return set().union(*map(leaves, operands)) if operands else {node}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", SPELLINGS)
-def test_the_reader_sees_the_stream_through_the_scale(name: str, dtype: torch.dtype) -> None:
-    norm, scale = SPELLINGS[name]
-    model, found = facts(norm, dtype)
-    (stream,) = found.streams
-    (reader,) = stream.readers
-    assert reader.group.name == "a.weight"
-    assert [node.op for node in leaves(reader.source)] == ["placeholder"]
-    if scale is None:
-        assert reader.scale is None
-        assert reader.source is reader.group.activation
-    else:
-        assert reader.scale is not None
-        assert reader.scale.source is reader.source
-        parameters = dict(model.named_parameters())
-        assert torch.equal(reader.scale.scale.evaluate(parameters), scale(model.weight.detach()))
-
-
-@pytest.mark.parametrize("name", NO_READER)
-def test_what_is_no_norm_of_a_stream_is_no_reader(name: str) -> None:
-    _, found = facts(NO_READER[name])
-    assert "a.weight" not in {reader.group.name for stream in found.streams for reader in stream.readers}
-
-
-@pytest.mark.parametrize("name", ["shifted", "layer norm"])
-def test_a_shift_after_the_scale_hides_it(name: str) -> None:
-    _, found = facts(NO_READER[name])
-    (group,) = (group for group in found.groups if group.name == "a.weight")
-    assert feature_scale(group.origin, found.graph) is None
+D = 8
 
 
 class Function(nn.Module):
-    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    """`linear(function(x, g, h, b, c))`, in float64: g and h are scales, b and c shifts."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
         self.function = function
-        self.feature, self.number = nn.Parameter(torch.randn(D)), nn.Parameter(torch.randn(()))
-        self.table = nn.Parameter(torch.randn(3, D))
+        self.g, self.h = nn.Parameter(torch.rand(D) + 0.5), nn.Parameter(torch.rand(D) + 0.5)
+        self.b, self.c = nn.Parameter(torch.randn(D)), nn.Parameter(torch.randn(D))
+        self.number, self.table = nn.Parameter(torch.randn(())), nn.Parameter(torch.randn(3, D))
+        self.linear = nn.Linear(D, 5)
+        self.double()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, self.feature, self.number) + 0 * self.table.sum()
+        return self.linear(self.function(self, x))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def found_in(function: Callable[..., Tensor]) -> tuple[Function, Captured, Node, FeatureAffine | None]:
+    """The module, its graph, the linear's activation, and what is found between it and the stream."""
+    module = Function(function)
+    captured = capture_graph(module, torch.randn(2, 3, D, dtype=torch.float64))
+    (group,) = facts_of(captured.graph, captured.fake_mode).groups
+    return module, captured, group.activation, feature_affine(group.activation, captured.graph)
+
+
+class Recorder(Interpreter):
+    def run_node(self, node: Node) -> object:
+        self.values: dict[Node, Tensor] = getattr(self, "values", {})
+        result = super().run_node(node)
+        self.values[node] = result
+        return result
+
+
+def check_affine(module: Function, captured: Captured, activation: Node, affine: FeatureAffine) -> None:
+    """`activation = path(source) * scale + shift`, on numbers: the path is run on the source alone."""
+    recorder = Recorder(captured.graph.module, graph=captured.graph.graph)
+    with torch.no_grad():
+        recorder.run(*placeholder_values(captured, ()))
+    values, x = dict(recorder.values), recorder.values[affine.source]
+    previous = affine.source
+    for node in affine.path:
+        # steps are left out, so what a path node read may be a scaled value
+        carried = next(operand for operand in node.all_input_nodes if operand in chain(affine, activation))
+        args, kwargs = torch.fx.node.map_arg(
+            (node.args, node.kwargs), lambda operand, carried=carried: x if operand is carried else values[operand]
+        )
+        x, previous = node.target(*args, **kwargs), node
+    assert previous is not None
+    scale, shift = affine.evaluate(dict(module.named_parameters()))
+    assert scale.dtype == torch.float64
+    assert (shift is not None) == affine.shifts
+    found = x * scale + (0 if shift is None else shift)
+    nodes = (affine.source, *affine.path, *(step.node for step in affine.steps))
+    precision = min(torch.finfo(values[node].dtype).bits for node in nodes)
+    assert torch.allclose(found, recorder.values[activation], rtol={64: 1e-12, 32: 1e-5}[precision])
+    assert {module.get_parameter(path) for path in affine.parameter_paths}
+
+
+def chain(affine: FeatureAffine, activation: Node) -> set[Node]:
+    return {affine.source, *affine.path, *(step.node for step in affine.steps), activation}
+
+
+AFFINE: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "scale": (lambda m, x: x * m.g, "* g"),
+    "scale first": (lambda m, x: m.g * rms(x), "* g"),
+    "one plus": (lambda m, x: rms(x) * (1 + m.g), "* g"),
+    "twice": (lambda m, x: x * m.g * m.h, "* g * h"),
+    "shift": (lambda m, x: rms(x) * m.g + m.b, "* g + b"),
+    "shift first": (lambda m, x: m.b + x * m.g, "* g + b"),
+    "alternately": (lambda m, x: (x * m.g + m.b) * m.h + m.c, "* g + b * h + c"),
+    "shift below a scale": (lambda m, x: (x + m.b) * m.g, "* g"),
+    "all in single precision": (lambda m, x: (x.float() * m.g.float() + m.b.float()).double(), "* g + b"),
+    "last row": (lambda m, x: (x * m.g + m.b)[:, -1:], "* g + b"),
+    "rows chosen": (lambda m, x: (x * m.g + m.b)[torch.tensor([1, 0, 1])], "* g + b"),
+    "views": (lambda m, x: (x.flatten(0, 1) * m.g).unsqueeze(0) + m.b, "* g + b"),
+    "rows repeated": (lambda m, x: (x * m.g + m.b).repeat(2, 1, 1), "* g + b"),
+    "rows scaled": (lambda m, x: x * m.g * x.abs().amax(-1, keepdim=True), "* g"),
+    "norm after the scale": (lambda m, x: rms(x * m.g), "* g"),
+    "rows summed": (lambda m, x: (x * m.g).cumsum(1), "* g"),
+    "rows padded": (lambda m, x: nn.functional.pad(x * m.g, (0, 0, 1, 0)), "* g"),
+    "rows put before": (lambda m, x: torch.cat([torch.zeros_like(x[:, :1]), x * m.g], 1), "* g"),
+    "rows masked": (lambda m, x: (x * m.g).masked_fill(x[..., :1] > 0, 0), "* g"),
+    "with leading ones": (lambda m, x: x * m.g[None, None] + m.b[None], "* g + b"),
+    "scale after a shift of rows": (lambda m, x: (x + x.sum(-1, keepdim=True)) * m.g, "* g"),
+}
+
+SHIFTED_TOO_EARLY: dict[str, Callable[..., Tensor]] = {
+    "rows scaled": lambda m, x: (x * m.g + m.b) * x.abs().amax(-1, keepdim=True),
+    "rows summed": lambda m, x: (x * m.g + m.b).cumsum(1),
+    "rows padded": lambda m, x: nn.functional.pad(x * m.g + m.b, (0, 0, 1, 0)),
+    "rows put before": lambda m, x: torch.cat([torch.zeros_like(x[:, :1]), x * m.g + m.b], 1),
+    "rows masked": lambda m, x: (x * m.g + m.b).masked_fill(x[..., :1] > 0, 0),
+    "rows shifted": lambda m, x: x * m.g + x.sum(-1, keepdim=True),
+    "two kinds of rows": lambda m, x: torch.cat([x * m.g, x], 1),
+    "features chosen": lambda m, x: torch.cat([(x * m.g)[..., :4], (x * m.g)[..., 4:]], -1),
+    "no scale": lambda m, x: rms(x) + m.b,
+    "no parameter": lambda m, x: rms(x) * x,
+    "a table": lambda m, x: x * m.table,
+    "one number": lambda m, x: x * m.number,
+    "nonlinear": lambda m, x: torch.tanh(x * m.g),
+}
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_scales_and_shifts(name: str) -> None:
+    function, spelled = AFFINE[name]
+    module, captured, activation, affine = found_in(function)
+    assert affine is not None
+    assert " ".join(f"{'*' if step.scales else '+'} {step.vector.path}" for step in affine.steps) == spelled
+    check_affine(module, captured, activation, affine)
+
+
+@pytest.mark.parametrize("name", SHIFTED_TOO_EARLY)
+def test_what_cannot_move_into_a_linear(name: str) -> None:
+    """A shift that is scaled or dropped by rows after it; a scale of which only a part is read."""
+    assert found_in(SHIFTED_TOO_EARLY[name])[-1] is None
+
+
+def test_a_residual_add_that_carries_the_scaled_value_on_reads_it_too() -> None:
+    """Then the scaled value is the stream."""
+    model = Function(lambda m, x: (y := rms(x) * m.g + m.b))
+    plain = capture_graph(model, torch.randn(2, 3, D, dtype=torch.float64))
+    assert facts_of(plain.graph, plain.fake_mode).groups
+
+    def forward(x: Tensor) -> Tensor:
+        y = rms(x) * model.g + model.b
+        return y + torch.tanh(model.linear(y) @ model.linear.weight)
+
+    captured = capture_graph(_Module(model, forward), torch.randn(2, 3, D, dtype=torch.float64))
+    facts = facts_of(captured.graph, captured.fake_mode)
+    first = facts.groups[0].activation
+    assert feature_affine(first, captured.graph) is None
+
+
+class _Module(nn.Module):
+    def __init__(self, model: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 @pytest.mark.parametrize(
-    ("function", "expected"),
+    ("function", "scales"),
     [
-        (lambda x, feature, number: x * feature, True),
-        (lambda x, feature, number: x * feature.exp(), True),
-        (lambda x, feature, number: x * number, False),
-        (lambda x, feature, number: x + feature, False),
-        (lambda x, feature, number: x / feature, False),
-        (lambda x, feature, number: feature * number, False),
-        (lambda x, feature, number: x * x, False),
-        (lambda x, feature, number: x[..., :1] * feature, False),
+        (lambda m, x: x * m.g, True),
+        (lambda m, x: x * m.g.exp(), True),
+        (lambda m, x: x[0, 0] * m.g, True),
+        (lambda m, x: x + m.b, False),
+        (lambda m, x: m.b + x, False),
+        (lambda m, x: x - m.b, None),
+        (lambda m, x: torch.add(x, m.b, alpha=2), None),
+        (lambda m, x: x / m.g, None),
+        (lambda m, x: x * m.number, None),
+        (lambda m, x: x + m.number, None),
+        (lambda m, x: m.g * m.number, None),
+        (lambda m, x: x + m.g * m.g, False),
+        (lambda m, x: x * x, None),
+        (lambda m, x: x * m.table, None),
+        (lambda m, x: x[..., :1] * m.g, None),
     ],
 )
-def test_feature_scale(function: Callable[..., Tensor], expected: bool) -> None:
-    captured = capture_graph(Function(function), torch.randn(2, 3, D))
-    assert any(feature_scale(node, captured.graph) for node in captured.graph.graph.nodes) == expected
-
-
-@pytest.mark.parametrize(
-    ("function", "expected"),
-    [
-        (lambda x: x.pow(2).mean(-1), True),
-        (lambda x: x.square().sum(-1, keepdim=True), True),
-        (lambda x: (x * x).sum(2), True),
-        (lambda x: (x * x).sum((1, 2)), True),
-        (lambda x: x.pow(2).sum(1), False),
-        (lambda x: x.pow(2).amax(-1), False),
-        (lambda x: x.pow(3).mean(-1), False),
-        (lambda x: x.pow(2), False),
-        (lambda x: (x * x.exp()).sum(-1), False),
-        (lambda x: (y := x * x).sum(-1, keepdim=True) + y, False),
-    ],
-)
-def test_is_squared_length(function: Callable[[Tensor], Tensor], expected: bool) -> None:
-    class Squares(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return function(x)
-
-    graph = capture_graph(Squares(), torch.randn(2, 3, D)).graph.graph
-    (x,) = (node for node in graph.nodes if node.op == "placeholder")
-    assert any(is_squared_length(user, x) for user in x.users) == expected
+def test_one_step(function: Callable[..., Tensor], scales: bool | None) -> None:
+    module = Function(lambda m, x: function(m, x) * torch.ones(3, D, dtype=torch.float64))
+    captured = capture_graph(module, torch.randn(2, 3, D, dtype=torch.float64))
+    steps = [step for node in captured.graph.graph.nodes if (step := feature_step(node, captured.graph))]
+    assert [step.scales for step in steps] == ([] if scales is None else [scales])

@@ -8,7 +8,12 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from larosa_compile.capture import Captured
-from larosa_compile.passes.parameters import ParameterExpression, parameter_expression
+from larosa_compile.passes.parameters import (
+    ParameterExpression,
+    SelectedParameter,
+    parameter_expression,
+    selected_parameter,
+)
 from tests.support.graphs import capture_graph
 
 SPELLINGS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -21,6 +26,9 @@ SPELLINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "scaled": lambda w: w * 0.5,
     "unsqueezed": lambda w: w[None],
     "sliced": lambda w: w[1:, 2:],
+    "largest of every column": lambda w: w.max(0)[0],
+    "part of a split": lambda w: w.split(2)[1],
+    "its own statistics": lambda w: torch.var_mean(w, 1)[0],
 }
 
 
@@ -101,7 +109,8 @@ class Twice(nn.Module):
         self.weight = nn.Parameter(torch.randn(4))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.weight * self.weight, torch.cat([self.weight, self.weight])
+        weight = self.weight * 2
+        return self.weight * self.weight, torch.ops.aten.cat.default([weight, weight, weight])
 
 
 def test_a_parameter_may_be_used_twice_in_one_step() -> None:
@@ -111,3 +120,62 @@ def test_a_parameter_may_be_used_twice_in_one_step() -> None:
         found = parameter_expression(node, captured.graph)
         assert found is not None
         assert torch.equal(found.evaluate({"weight": module.weight}), expected.detach())
+
+
+EXPERTS, OUT, IN = 3, 6, 4
+
+
+class Chooses(nn.Module):
+    """`bmm(x, choice(stack, ids))`."""
+
+    def __init__(self, choice: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(EXPERTS, OUT, IN))
+        self.choice = choice
+
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor]:
+        return (torch.bmm(x, self.choice(self.stack, ids)),)
+
+
+def chosen(choice: Callable[[Tensor, Tensor], Tensor], features: int) -> tuple[Chooses, SelectedParameter | None]:
+    module = Chooses(choice)
+    count = EXPERTS if "ids" not in choice.__code__.co_varnames[1:2] else 5
+    captured = capture_graph(module, torch.randn(count, 2, features), torch.tensor([0, 2, 1, 1, 0])[:count])
+    (product,) = outputs(captured)
+    return module, selected_parameter(product.args[1], captured.graph)
+
+
+@pytest.mark.parametrize(
+    ("choice", "features", "expected"),
+    [
+        (lambda stack, _: stack, OUT, lambda stack: stack),
+        (lambda stack, _: stack.mT, IN, lambda stack: stack.mT),
+        (lambda stack, ids: stack[ids], OUT, lambda stack: stack),
+        (lambda stack, ids: stack[ids].mT, IN, lambda stack: stack.mT),
+        (lambda stack, ids: stack.mT[ids], IN, lambda stack: stack.mT),
+        (lambda stack, ids: stack.index_select(0, ids).transpose(1, 2), IN, lambda stack: stack.mT),
+        (lambda stack, ids: (2 * stack)[ids], OUT, lambda stack: 2 * stack),
+        (lambda stack, ids: stack.bfloat16()[ids].mT.float(), IN, lambda stack: stack.bfloat16().mT.float()),
+        (lambda stack, ids: (stack * ids.sum())[ids], OUT, None),
+        (lambda stack, ids: stack[ids].relu(), OUT, None),
+        (lambda stack, ids: stack[ids] * 2, OUT, None),
+        (lambda stack, ids: stack[ids].flip(1), OUT, None),
+        (lambda stack, ids: stack[ids].flip(0), OUT, None),
+        (lambda stack, ids: stack[ids][:, ids], 5, None),
+    ],
+)
+def test_a_choice_of_entries_commutes_with_the_expression(
+    choice: Callable[[Tensor, Tensor], Tensor],
+    features: int,
+    expected: Callable[[Tensor], Tensor] | None,
+) -> None:
+    """What is in the expression is applied to the whole stack, before entries are chosen from it."""
+    module, found = chosen(choice, features)
+    if expected is None:
+        assert found is None or found.selection is None
+        return
+    assert found is not None
+    stack = found.expression.evaluate({"stack": module.stack})
+    assert torch.equal(stack, expected(module.stack).detach())
+    assert found.shape == tuple(stack.shape)
+    assert (found.selection is None) == (choice.__code__.co_varnames[1] == "_")

@@ -160,12 +160,12 @@ def test_repr_is_one_line() -> None:
 
 def test_parameters_of_another_model_are_refused() -> None:
     recipe = make()
-    recipe.check_parameters({})
-    recipe.check_parameters({Q_PROJ: (12, D)})
+    recipe.locate({})
+    recipe.locate({Q_PROJ: (12, D)})
     with pytest.raises(RecipeMismatchError, match=r"q_proj\.weight: found \[13, 8\], expected \[12, 8\]\. "):
-        recipe.check_parameters({Q_PROJ: (13, D)})
+        recipe.locate({Q_PROJ: (13, D)})
     with pytest.raises(RecipeMismatchError, match=r"a: found \[1\], not in the recipe.*; and 2 more"):
-        recipe.check_parameters({name: (1,) for name in "abcde"})
+        recipe.locate({name: (1,) for name in "abcde"})
 
 
 def test_file_round_trip(path: Path) -> None:

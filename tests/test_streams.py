@@ -4,17 +4,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from larosa_compile.passes.analysis import GraphFacts, analyse
-from larosa_compile.passes.graph import aten, is_call, rotation_operands
+from larosa_compile.passes.analysis import GraphFacts
+from larosa_compile.passes.equivariance import rotation_operands
+from larosa_compile.passes.pipeline import facts_of
 from larosa_compile.passes.streams import Stream, carried_from, exits
 from tests.support.decoder import FEATURES, Decoder, RMSNorm, ids
 from tests.support.graphs import capture_graph
 
 
 def facts(module: nn.Module, *inputs: Tensor) -> GraphFacts:
-    return analyse(capture_graph(module, *inputs).graph)
+    captured = capture_graph(module, *inputs)
+    return facts_of(captured.graph, captured.fake_mode)
 
 
 def names(paths: list[str]) -> list[str]:
@@ -36,7 +39,7 @@ def test_a_decoder_is_one_stream(layers: int, norm: Callable[[], nn.Module], sha
     assert names([linear.path for linear in stream.writers.values()]) == ["o", "down"] * layers
     entries = list(stream.entries)
     assert len(entries) == 2 * layers + 1
-    assert [node for node in entries if is_call(node, aten.embedding.default)] == entries[:1]
+    assert found.graph.paths[entries[0]] == "embedding.weight"
     assert set(entries[1:]) == set(stream.writers)
     assert found.feeding_streams == {linear.path for linear in found.linears} - {"head.weight"}
 
@@ -49,8 +52,10 @@ def test_parallel_branches(norm: Callable[[], nn.Module]) -> None:
 
 
 def test_embeddings_that_are_added_both_enter() -> None:
-    (stream,) = facts(Decoder(1, positions=9), ids(2, 5)).streams
-    assert sum(is_call(node, aten.embedding.default) for node in stream.entries) == 2
+    found = facts(Decoder(1, positions=9), ids(2, 5))
+    (stream,) = found.streams
+    tables = {found.graph.paths.get(node) for node in stream.entries}
+    assert tables == {"embedding.weight", "positions.weight", None}
 
 
 @pytest.mark.parametrize("layers", [1, 4])
@@ -64,13 +69,13 @@ def test_layers_begin_where_shapes_repeat(layers: int, parallel: bool) -> None:
     assert last[-1].group.name == "head.weight"
 
 
-@pytest.mark.parametrize("norm", [RMSNorm, nn.Identity])
+@pytest.mark.parametrize("norm", [RMSNorm, nn.Identity, lambda: nn.LayerNorm(FEATURES)])
 def test_nothing_leaves_a_stream_but_to_its_readers_and_outputs(norm: Callable[[], nn.Module]) -> None:
     """Else a rotation would have to be undone online."""
     found = facts(Decoder(2, norm=norm, returns_hidden=True), ids(2, 5))
     (stream,) = found.streams
     allowed = {linear.product for linear in found.linears}
-    allowed |= {reader.scale.node for reader in stream.readers if reader.scale}
+    allowed |= {reader.affine.steps[0].node for reader in stream.readers if reader.affine}
     left = {user for node in stream.nodes for user in exits(node)} - allowed
     assert {node.op for node in left} == {"output"}
 
@@ -110,8 +115,13 @@ class Function(nn.Module):
         lambda m, x: torch.cat([m.c(x), x], -1),
         lambda m, x: m.b(m.a(x).relu() + m.a(x)),
         lambda m, x: x.exp() + x,
+        lambda m, x: x.flip(-1) + m.b(m.a(x).relu()),
+        lambda m, x: x.clamp(min=0) + m.b(m.a(x.clamp(max=1)).relu()),
     ],
-    ids=["MLP", "plus a number", "gate", "concatenation", "written by none that reads it", "no linear"],
+    ids=[
+        *("MLP", "plus a number", "gate", "concatenation", "written by none that reads it", "no linear"),
+        *("features in another order", "read through another function"),
+    ],
 )
 def test_no_stream(function: Callable[[Function, Tensor], Tensor]) -> None:
     found = facts(Function(function), torch.randn(2, 3, FEATURES))
@@ -130,6 +140,10 @@ def test_no_stream(function: Callable[[Function, Tensor], Tensor]) -> None:
         (lambda m, x: (y := m.c(x)) + m.b(m.a(y).relu()), {"a"}, {"b", "c"}),
         (lambda m, x: torch.cat([x, x], 1) + m.b(m.a(torch.cat([x, x], 1)).relu()), {"a"}, {"b"}),
         (lambda m, x: x + m.scale * m.b(m.a(x).relu()) + m.c(x), {"a", "c"}, {"c"}),
+        (lambda m, x: x + m.b(m.a(x - x.mean(-1, keepdim=True)).relu()), {"a"}, {"b"}),
+        (lambda m, x: x + m.b(m.a(F.layer_norm(x, x.shape[-1:], m.scale, m.scale)).relu()), {"a"}, {"b"}),
+        (lambda m, x: x + F.pad(m.b(m.a(x[:, 1:]).relu()), (0, 0, 1, 0)), {"a"}, {"b"}),
+        (lambda m, x: x.index_add(1, torch.tensor([0, 0]), m.b(m.a(x[:, 1:]).relu())), {"a"}, {"b"}),
     ],
 )
 def test_streams_of_many_spellings(
@@ -162,3 +176,15 @@ def test_a_shared_weight_is_a_reader_wherever_it_reads() -> None:
     (stream,) = found.streams
     assert reader_names(stream) == [["a"], ["a"]]
     assert len({reader.source for reader in stream.readers}) == 2
+
+
+def test_the_last_linears_before_a_stream_write_to_it_whatever_is_between() -> None:
+    def function(m: Function, x: Tensor) -> Tensor:
+        x = x + m.scale * torch.tanh(m.b(m.a(x).relu()))
+        return x + F.layer_norm(m.c(x), x.shape[-1:], m.scale)
+
+    found = facts(Function(function), torch.randn(2, 3, FEATURES))
+    (stream,) = found.streams
+    assert not stream.writers
+    assert found.writers == {"b.weight", "c.weight"}
+    assert found.feeding_streams == {"a.weight", "b.weight", "c.weight"}

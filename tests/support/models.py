@@ -30,7 +30,7 @@ def tiny_model(
                 parameter.add_(0.3 * torch.randn_like(parameter))
             else:
                 # initial weights are small; trained ones are not, and activations should have outliers
-                parameter.mul_(3 * torch.rand(1, parameter.shape[1]) + 0.5)
+                parameter.mul_(3 * torch.rand(1, parameter.shape[-1]) + 0.5)
     return model.to(dtype)
 
 
