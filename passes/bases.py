@@ -14,7 +14,7 @@ from typing import Protocol
 from torch.fx import Node
 
 from larosa_compile.passes.algebra import Basis
-from larosa_compile.passes.equivariance import rotation_operands
+from larosa_compile.passes.equivariance import is_squared_length, rotation_operands
 from larosa_compile.passes.graph import ParameterGraph, aten, is_call, value
 from larosa_compile.passes.linears import Linear
 from larosa_compile.passes.norms import feature_step
@@ -155,7 +155,9 @@ def _changes(
     changes = []
     for (node, end), users in wanted.items():
         place = Place.ONLINE
-        if node in products and set(users) == set(node.users) and users:
+        # lengths do not see in which basis the product is
+        seeing = {user for user in node.users if not is_squared_length(user, node)}
+        if node in products and set(users) == seeing and users:
             place = Place.WEIGHT
         elif parameter_expression(node, graph) is not None and not _is_larger_than_a_rotation(node):
             place = Place.PARAMETER

@@ -116,7 +116,9 @@ def _fed_by_their_readers(
 
 
 def _adds(node: Node) -> bool:
-    return is_call(node, aten.add.Tensor, aten.sub.Tensor) and len(rotation_operands(node)) > 1
+    sums = is_call(node, aten.add.Tensor, aten.sub.Tensor, aten.scatter_add.default, aten.index_add.default)
+    accumulates = is_call(node, aten.index_put.default, aten._unsafe_index_put.default) and True in node.args[3:4]
+    return (sums or accumulates) and len(rotation_operands(node)) > 1
 
 
 def exits(node: Node) -> list[Node]:
