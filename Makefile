@@ -34,7 +34,7 @@ lint: $(INSTALLED)
 
 # Lint is a part of it, so that the one command in the README, which CI runs too, leaves nothing unchecked.
 test: install lint
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n logical --dist loadfile
 
 check: test
 

@@ -152,7 +152,7 @@ def _row(record: Record) -> tuple[str, ...]:
 
 def _loses_sites(record: Record) -> bool:
     prefill, decode = record.sparse_bytes_share, record.decode_sparse_bytes_share
-    return prefill is not None and decode is not None and decode < prefill
+    return prefill is not None and decode is not None and _percent(decode) != _percent(prefill)
 
 
 def _error(exact: bool, error: float | None) -> str:

@@ -71,8 +71,8 @@ def assign_bases(
     stream: Stream, sites: Iterable[RotatedSite], graph: ParameterGraph
 ) -> tuple[dict[Node, Basis], list[BasisChange]]:
     """The cheaper assignment of bases to the nodes of a stream, with the changes of basis it needs."""
-    sites = list(sites)
-    reading = [site for site in sites if site.reader in stream.readers]
+    sites, readers = list(sites), set(map(id, stream.readers))
+    reading = [site for site in sites if id(site.reader) in readers]
     own: dict[Node, Basis] = dict.fromkeys(stream.nodes)
     if not reading:
         return own, []

@@ -1,8 +1,10 @@
 """Fixtures that more than one test module uses."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import assets
 
@@ -11,3 +13,17 @@ from benchmarks import assets
 def smollm2_path() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct; an error that says `make install` when it is missing."""
     return assets.smollm2_path()
+
+
+def pytest_configure() -> None:
+    """Processes that run side by side share the cores, where each would take all of them and wait for the others."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+LONGEST = ("test_smollm2.py", "test_backend.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: with several processes, whatever starts last is what the others wait for."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)

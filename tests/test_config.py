@@ -68,7 +68,8 @@ def test_dump_variable_is_the_default_only(monkeypatch: pytest.MonkeyPatch, tmp_
     [
         (
             {"lowring": "eager"},
-            "unknown option 'lowring'; expected one of 'dump', 'lowering', 'recipe', 'self_check'; did you mean 'lowering'",
+            "unknown option 'lowring'; expected one of 'dump', 'lowering', 'recipe', 'self_check'; "
+            "did you mean 'lowering'",
         ),
         ({"sparsity": 0.5}, "unknown option 'sparsity'; expected one of 'dump', 'lowering', 'recipe', 'self_check'$"),
         ({3: None}, "unknown option 3;"),

@@ -103,3 +103,30 @@ def test_no_model_family_is_named() -> None:
     files = [path for path in SOURCES if folder_of(path) in ("passes", PACKAGE)]
     found = {str(path.relative_to(ROOT)): sorted(set(pattern.findall(path.read_text()))) for path in files}
     assert not {path: names for path, names in found.items() if names}
+
+
+PARAMETER_NAMES = re.compile(
+    r"[a-z]+_proj\b|\b(?:lm_head|embed_tokens|self_attn|mlp|wte|wpe|c_attn|experts?|router|gate_up|input_layernorm)\b"
+    r"|\blayers?\.\d|\.h\.\d"
+)
+
+
+def strings_in_code(source: str) -> list[str]:
+    """String constants that a program could compare with; docstrings and other free-standing strings are not."""
+    tree = ast.parse(source)
+    free = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in free)
+    return [node.value for node in constants if isinstance(node.value, str)]
+
+
+def test_no_parameter_is_known_by_name() -> None:
+    assert PARAMETER_NAMES.search('x.endswith("q_proj.weight")') and PARAMETER_NAMES.search("layers.0.a")
+    assert strings_in_code('"""mlp"""\nif name == "mlp":\n    "lm_head"') == ["mlp"]
+    files = [path for path in SOURCES if folder_of(path) in ("passes", PACKAGE)]
+    found = {
+        str(path.relative_to(ROOT)): [
+            text for text in strings_in_code(path.read_text()) if PARAMETER_NAMES.search(text)
+        ]
+        for path in files
+    }
+    assert not {path: texts for path, texts in found.items() if texts}

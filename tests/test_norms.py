@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
+from torch.fx.node import map_arg
 
 from larosa_compile.capture import Captured
 from larosa_compile.passes.norms import FeatureAffine, feature_affine, feature_step
@@ -59,28 +60,19 @@ def check_affine(module: Function, captured: Captured, activation: Node, affine:
     recorder = Recorder(captured.graph.module, graph=captured.graph.graph)
     with torch.no_grad():
         recorder.run(*placeholder_values(captured, ()))
-    values, x = dict(recorder.values), recorder.values[affine.source]
-    previous = affine.source
+    steps = [step.node for step in affine.steps]
+    carried, x = {affine.source, *affine.path, *steps}, recorder.values[affine.source]
     for node in affine.path:
-        # steps are left out, so what a path node read may be a scaled value
-        carried = next(operand for operand in node.all_input_nodes if operand in chain(affine, activation))
-        args, kwargs = torch.fx.node.map_arg(
-            (node.args, node.kwargs), lambda operand, carried=carried: x if operand is carried else values[operand]
-        )
-        x, previous = node.target(*args, **kwargs), node
-    assert previous is not None
+        # steps are left out, so what a node of the path reads may be a scaled value
+        values = {operand: x if operand in carried else recorder.values[operand] for operand in node.all_input_nodes}
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        x = node.target(*args, **kwargs)  # type: ignore[operator]
     scale, shift = affine.evaluate(dict(module.named_parameters()))
     assert scale.dtype == torch.float64
     assert (shift is not None) == affine.shifts
+    precision = min(torch.finfo(recorder.values[node].dtype).bits for node in carried)
     found = x * scale + (0 if shift is None else shift)
-    nodes = (affine.source, *affine.path, *(step.node for step in affine.steps))
-    precision = min(torch.finfo(values[node].dtype).bits for node in nodes)
     assert torch.allclose(found, recorder.values[activation], rtol={64: 1e-12, 32: 1e-5}[precision])
-    assert {module.get_parameter(path) for path in affine.parameter_paths}
-
-
-def chain(affine: FeatureAffine, activation: Node) -> set[Node]:
-    return {affine.source, *affine.path, *(step.node for step in affine.steps), activation}
 
 
 AFFINE: dict[str, tuple[Callable[..., Tensor], str]] = {
@@ -139,29 +131,27 @@ def test_what_cannot_move_into_a_linear(name: str) -> None:
     assert found_in(SHIFTED_TOO_EARLY[name])[-1] is None
 
 
-def test_a_residual_add_that_carries_the_scaled_value_on_reads_it_too() -> None:
-    """Then the scaled value is the stream."""
-    model = Function(lambda m, x: (y := rms(x) * m.g + m.b))
-    plain = capture_graph(model, torch.randn(2, 3, D, dtype=torch.float64))
-    assert facts_of(plain.graph, plain.fake_mode).groups
-
-    def forward(x: Tensor) -> Tensor:
-        y = rms(x) * model.g + model.b
-        return y + torch.tanh(model.linear(y) @ model.linear.weight)
-
-    captured = capture_graph(_Module(model, forward), torch.randn(2, 3, D, dtype=torch.float64))
-    facts = facts_of(captured.graph, captured.fake_mode)
-    first = facts.groups[0].activation
-    assert feature_affine(first, captured.graph) is None
-
-
-class _Module(nn.Module):
-    def __init__(self, model: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.model, self.function = model, function
+class Residual(Function):
+    """`x + linear(norm(x))`, or with a norm after the add, that the next add reads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
+        for _ in range(2):
+            y = self.function(self, x)
+            x = (y if self.after else x) + torch.tanh(self.linear(y)) @ self.linear.weight
+        return x
+
+    after = False
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_scaled_value_that_a_residual_add_carries_on_is_the_stream(after: bool) -> None:
+    module = Residual(lambda m, x: rms(x) * m.g + m.b)
+    module.after = after
+    captured = capture_graph(module, torch.randn(2, 3, D, dtype=torch.float64))
+    facts = facts_of(captured.graph, captured.fake_mode)
+    found = [feature_affine(group.activation, captured.graph) for group in facts.groups if group.features == D]
+    assert len(found) == 2
+    assert [affine is None for affine in found] == [after, after]
 
 
 @pytest.mark.parametrize(

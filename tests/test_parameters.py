@@ -179,3 +179,50 @@ def test_a_choice_of_entries_commutes_with_the_expression(
     assert torch.equal(stack, expected(module.stack).detach())
     assert found.shape == tuple(stack.shape)
     assert (found.selection is None) == (choice.__code__.co_varnames[1] == "_")
+
+
+class Nameless(nn.Module):
+    """Modules in a plain list have parameters without a path of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = [nn.Linear(4, 4), nn.Linear(4, 4)]
+        self.named = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.named(self.plain[1](self.plain[0](x))),)
+
+
+def test_no_two_parameters_have_one_path() -> None:
+    """What is folded is looked up by path: one for two would be a wrong weight."""
+    captured = capture_graph(Nameless(), torch.randn(3, 4))
+    assert sorted(captured.graph.paths.values()) == ["named.bias", "named.weight"]
+
+
+class Changing(nn.Module):
+    """Dynamo reaches the parameters of what was changed while it traced by another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.a, self.inner.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        self.inner.calls = 1
+        return (self.inner.b(self.inner.a(x)),)
+
+
+def test_a_path_does_not_depend_on_how_it_was_reached() -> None:
+    captured = capture_graph(Changing(), torch.randn(3, 4))
+    assert sorted(captured.graph.paths.values()) == ["inner.a.weight", "inner.b.weight"]
+
+
+class Constant(nn.Module):
+    def forward(self, count: int) -> tuple[Tensor]:
+        return (torch.ones(4) * count,)
+
+
+def test_a_graph_without_tensors_among_its_inputs() -> None:
+    captured = capture_graph(Constant(), 3)
+    assert not captured.graph.paths
+    assert captured.fake_mode is not None

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from larosa_compile.passes.graph import aten, is_call
 from tests.support.blocks import (
     HIDDEN,
     VOCAB,
@@ -164,6 +165,34 @@ def test_left_padding() -> None:
     stages = check_graph(Masked(), random_ids(3), mask)
     assert rotated(stages) == {"q", "k", "v", "gate", "up"}
     assert len(online(stages)) == 2
+
+
+class Cached(nn.Module):
+    """One step of decoding: keys and values are written into a cache that the graph is given and changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.block, self.norm = nn.Embedding(VOCAB, D), small_block(), Norm()
+        self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in "qkvo")
+        self.head = nn.Linear(D, VOCAB)
+
+    def forward(self, ids: Tensor, place: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor]:
+        x = self.words(ids)
+        y = self.norm(x)
+        keys.index_copy_(1, place, self.k(y))
+        values.index_copy_(1, place, self.v(y))
+        seen = torch.arange(keys.shape[1]) <= place
+        scores = (self.q(y) @ keys.mT / D**0.5).masked_fill(~seen, float("-inf"))
+        return (self.head(self.norm(self.block(x + self.o(scores.softmax(-1) @ values)))),)
+
+
+def test_a_cache_that_the_graph_writes_to() -> None:
+    """It holds what it would hold without rotations."""
+    caches = torch.randn(2, 2, 6, D)
+    stages = check_graph(Cached(), random_ids(2, 1), torch.tensor([3]), *caches)
+    assert rotated(stages) >= {"q", "k", "v", "up"}
+    written = [node for node in stages.editor.graph.nodes if is_call(node, aten.copy_.default)]
+    assert len(written) == 2
 
 
 class Pooled(nn.Module):

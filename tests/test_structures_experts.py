@@ -180,25 +180,27 @@ def test_a_shift_keeps_stacked_experts_in_their_own_basis(form: Callable[[], nn.
     assert not sites(stages)["layers.0.mlp.experts.up"]
 
 
-@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [("mixtral", "batched_mm"), ("mixtral", "grouped_mm"), ("qwen2_moe", "grouped_mm")],
+)
 def test_experts_of_transformers(family: str, implementation: str) -> None:
     stages = check_graph(routed_model(family, implementation), token_ids(2, 5), use_cache=False)
-    assert online(stages) == adapters(2)
+    assert online(stages) == adapters()
     paths = {path.rpartition(".")[2]: basis for path, basis in sites(stages).items()}
     assert paths["gate_up_proj"] and not paths["down_proj"]
 
 
 def test_experts_behind_a_graph_break() -> None:
     """A loop over the experts that were met depends on data: each graph around it is exact by itself."""
-    graphs = capture_graphs(routed_model("mixtral", "eager"), token_ids(2, 5), use_cache=False)
+    graphs = capture_graphs(routed_model("mixtral", "eager"), token_ids(1, 3), use_cache=False)
     assert len(graphs) > 1
     for captured in graphs:
         check_captured(captured)
 
 
 def routed_model(family: str, implementation: str) -> nn.Module:
-    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "moe_intermediate_size": 24}
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "moe_intermediate_size": 24}
     model = tiny_model(family, num_local_experts=EXPERTS, num_experts=EXPERTS, num_experts_per_tok=CHOSEN, **sizes)
     model.set_experts_implementation(implementation)
     return model

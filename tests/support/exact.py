@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from larosa_compile.capture import Captured
-from larosa_compile.passes.graph import prims
+from larosa_compile.passes.graph import aten, is_call, prims
 from tests.support.simulation import keep_largest
 
 if TYPE_CHECKING:
@@ -23,14 +23,36 @@ _ROUNDED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def in_float64(captured: Captured, graph: Graph, values: list[Any], changed: Operands | None = None) -> list[Any]:
-    """The outputs of `graph` with every floating value, casts included, in float64."""
-    with torch.no_grad():
-        return list(_Exact(captured, graph, changed or {}).run(*values))
+    """What `graph` gives with every floating value, casts included, in float64."""
+    return _Exact(captured.graph.module, graph, changed or {}).results(values)
 
 
-class _Exact(Interpreter):
-    def __init__(self, captured: Captured, graph: Graph, changed: Operands) -> None:
-        super().__init__(captured.graph.module, graph=graph)
+class Evaluation(Interpreter):
+    """Runs a graph whose strides may differ from those that were captured."""
+
+    def __init__(self, module: GraphModule, graph: Graph) -> None:
+        super().__init__(module, graph=graph)
+        self.written: list[Any] = []
+
+    def results(self, values: list[Any]) -> list[Any]:
+        """The outputs, then what the graph writes to its inputs."""
+        with torch.no_grad():
+            return [*self.run(*values), *self.written]
+
+    def run_node(self, node: Node) -> Any:
+        result = super().run_node(node)
+        if is_call(node, aten.copy_.default):
+            self.written.append(result.clone())
+        return result
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # at its end the pipeline makes a reshape of every view that strides do not allow
+        return super().call_function(aten.reshape.default if target is aten.view.default else target, args, kwargs)
+
+
+class _Exact(Evaluation):
+    def __init__(self, module: GraphModule, graph: Graph, changed: Operands) -> None:
+        super().__init__(module, graph)
         self.changed = changed
 
     def run_node(self, node: Node) -> Any:

@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Interpreter, Node
+from torch.fx import Graph, Node
 
 from larosa_compile.capture import Boxed, Captured, boxed, capture
 from larosa_compile.passes.analysis import GraphFacts
@@ -20,7 +20,7 @@ from larosa_compile.passes.rotate import OnlineRotation, insert_rotations
 from larosa_compile.passes.sparsify import sparsify_sites
 from larosa_compile.passes.verify import verify
 from tests.support.decoder import Choice, error, rounding, simulate
-from tests.support.exact import in_float64, sparse_operands
+from tests.support.exact import Evaluation, in_float64, sparse_operands
 from tests.support.graphs import capture_graph
 
 Choices = Mapping[str, Choice]
@@ -93,12 +93,11 @@ def evaluate(
     rotations: Mapping[str, Tensor],
     inputs: tuple[Tensor, ...] = (),
 ) -> list[Any]:
-    """What `graph` computes of `inputs`, or of what it was captured with."""
+    """What `graph` gives for `inputs`, or for what it was captured with: outputs, then what it writes to inputs."""
     parameters = {captured.graph.paths[node]: tensor for node, tensor in captured.tensors.items()}
     built = [checked_build(tensor, parameters, rotations) for tensor in folded.values()]
     given = [value.clone() if isinstance(value, Tensor) else value for value in placeholder_values(captured, inputs)]
-    with torch.no_grad():
-        return list(Interpreter(captured.graph.module, graph=graph).run(*given, *built))
+    return Evaluation(captured.graph.module, graph).results([*given, *built])
 
 
 def placeholder_values(captured: Captured, inputs: tuple[Tensor, ...]) -> list[Any]:
