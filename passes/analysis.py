@@ -39,15 +39,8 @@ class GraphFacts:
     @cached_property
     def writers(self) -> set[str]:
         """Paths of the last linears before a stream: what they compute enters it, perhaps through a norm or a gain."""
-        products = {linear.product: linear for linear in self.linears}
-        seen: set[Node] = set()
-        pending = [entry for stream in self.streams for entry in stream.entries]
-        while pending:
-            node = pending.pop()
-            if node not in seen:
-                seen.add(node)
-                pending.extend(node.all_input_nodes if node not in products else ())
-        return {linear.path for product, linear in products.items() if product in seen}
+        entries = [entry for stream in self.streams for entry in stream.entries]
+        return self._linears_before(entries, beyond_linears=False)
 
     @cached_property
     def feeding_streams(self) -> set[str]:
@@ -55,13 +48,19 @@ class GraphFacts:
 
         A linear that does not (a language model's head) is not part of the method's decoder layers.
         """
+        return self._linears_before([node for stream in self.streams for node in stream.nodes], beyond_linears=True)
+
+    def _linears_before(self, nodes: list[Node], beyond_linears: bool) -> set[str]:
+        """Paths of the linears that `nodes` are computed from; the nearest ones, or those behind them too."""
+        products = {linear.product for linear in self.linears}
         seen: set[Node] = set()
-        pending = [node for stream in self.streams for node in stream.nodes]
+        pending = list(nodes)
         while pending:
             node = pending.pop()
             if node not in seen:
                 seen.add(node)
-                pending.extend(node.all_input_nodes)
+                if beyond_linears or node not in products:
+                    pending.extend(node.all_input_nodes)
         return {linear.path for linear in self.linears if linear.product in seen}
 
 
