@@ -1,8 +1,8 @@
 """Before a rewritten graph is used: does it compute what the model computes when nothing is dropped?
 
 Both graphs are run once, eagerly, on the inputs that the model was first called with. Where they differ, the first
-value that does names the weights it was made from, and those stay dense. A wrong fold is thus a slower model with a
-line in its report, never a wrong answer.
+value that does names the weights it was made from, and those stay dense: a wrong fold becomes a slower model with a
+line in its report. What it cannot see is an error below its tolerance, or one that these inputs do not meet.
 """
 
 import logging
