@@ -123,17 +123,40 @@ class RowTemplate(CppTemplate):
             return _environment.get_template(self.file).render(names)
 
 
-class SparseGemvTemplate(RowTemplate):
-    """One row x [1, in] times weight_t [in, out], reading only the kept weight rows; sums in float32."""
+class GemvTemplate(RowTemplate):
+    """One row x [1, in] times weight_t [in, out], summed in float32."""
+
+    def constants(self) -> dict[str, Any]:
+        weight = self.input_nodes[1]
+        columns = int(weight.get_size()[1])
+        return {
+            "W": weight,
+            "columns": columns,
+            "tile": heuristics.gemv_tile(columns, self.num_threads),
+            "rows_at_a_time": 4,
+        }
+
+
+class SparseGemvTemplate(GemvTemplate):
+    """The weight stored input-major, one kept row after the other: a dropped row is never read."""
 
     name = "larosa_sparse_gemv"
     file = "sparse_gemv.cpp.jinja"
 
     def constants(self) -> dict[str, Any]:
-        weight = self.input_nodes[1]
-        columns = int(weight.get_size()[1])
-        part, chunk = heuristics.gemv_split(columns, self.num_threads)
-        return {"W": weight, "columns": columns, "part": part, "chunk": chunk, "rows_at_a_time": 8}
+        constants = super().constants()
+        return constants | {
+            "parts": self.num_threads,
+            "chunk": heuristics.gemv_chunk(constants["columns"]),
+            "sums_stride": heuristics.round_up(constants["columns"], heuristics.COLUMN_MULTIPLE),
+        }
+
+
+class DotGemvTemplate(GemvTemplate):
+    """The weight stored output-major, as modules keep it, and read whole: one dot product per output."""
+
+    name = "larosa_dot_gemv"
+    file = "dot_gemv.cpp.jinja"
 
 
 class SparsifyTemplate(RowTemplate):

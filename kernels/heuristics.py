@@ -1,9 +1,11 @@
 """Work splitting for the CPU templates: pure functions of static shapes."""
 
-# A part is whole cache lines of the output (32 two-byte values), so that no two threads write one line.
-COLUMN_MULTIPLE = 32
-# float32 accumulators of one chunk fill at most 16 KiB: they stay in L1 while weight rows stream past.
-MAX_CHUNK_COLUMNS = 4096
+# Whole vectors of every dtype and whole cache lines of every result: no two threads write one line.
+COLUMN_MULTIPLE = 64
+# Columns whose float32 sums (64 KiB) stay in a second-level cache while weight rows stream past.
+MAX_CHUNK_COLUMNS = 16384
+# Columns of a result that are finished, and stored, at a time.
+MAX_TILE_COLUMNS = 1024
 # Below this many weight bytes one core is done before a second one has been woken.
 MIN_PARALLEL_BYTES = 128 * 1024
 # Likewise for elementwise selection, counted in entries.
@@ -24,9 +26,16 @@ def gemv_threads(k: int, columns: int, itemsize: int, max_threads: int) -> int:
     return max_threads if k * columns * itemsize >= MIN_PARALLEL_BYTES else 1
 
 
-def gemv_split(columns: int, threads: int) -> tuple[int, int]:
-    """How `threads` share `columns`: (columns per part, columns per chunk of a part)."""
-    part = ceil_div(ceil_div(columns, threads), COLUMN_MULTIPLE) * COLUMN_MULTIPLE
-    chunks = ceil_div(part, MAX_CHUNK_COLUMNS)
-    chunk = ceil_div(ceil_div(part, chunks), COLUMN_MULTIPLE) * COLUMN_MULTIPLE
-    return part, chunk
+def round_up(count: int, multiple: int) -> int:
+    """Smallest multiple of `multiple` that is >= `count`."""
+    return ceil_div(count, multiple) * multiple
+
+
+def gemv_chunk(columns: int) -> int:
+    """Columns of every weight row that are read before the next row."""
+    return round_up(ceil_div(columns, ceil_div(columns, MAX_CHUNK_COLUMNS)), COLUMN_MULTIPLE)
+
+
+def gemv_tile(columns: int, threads: int) -> int:
+    """Columns of the result that one thread finishes at a time, such that all threads get some."""
+    return min(round_up(ceil_div(columns, threads), COLUMN_MULTIPLE), MAX_TILE_COLUMNS)

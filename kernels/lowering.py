@@ -1,6 +1,7 @@
 """Inductor lowerings of `torch.ops.larosa`; importing this module registers them.
 
-sparse_linear, CPU, one row     -> SparseGemvTemplate, which never reads a dropped weight row
+sparse_linear, CPU, one row     -> SparseGemvTemplate, which never reads a dropped weight row; DotGemvTemplate where
+                                   nothing is dropped and the weight is stored output-major
 sparse_linear, CPU, more rows   -> SparsifyTemplate, then Inductor's own mm over the same weight
 sparsify, CPU                   -> SparsifyTemplate
 any other device or dtype       -> the eager op
@@ -17,7 +18,7 @@ from torch._inductor.utils import has_free_symbols, parallel_num_threads
 from torch._inductor.virtualized import V
 
 from larosa_compile.kernels import heuristics, ops
-from larosa_compile.kernels.cpp_templates import RowTemplate, SparseGemvTemplate, SparsifyTemplate
+from larosa_compile.kernels.cpp_templates import DotGemvTemplate, RowTemplate, SparseGemvTemplate, SparsifyTemplate
 from larosa_compile.kernels.reference import MAGNITUDE_VIEWS
 
 
@@ -49,14 +50,21 @@ def _sparsify_rows(x: ir.TensorBox, k: int) -> ir.TensorBox:
     return _output(SparsifyTemplate([x], layout, parallel_num_threads(), k))
 
 
-def _sparse_gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.TensorBox:
-    x = realize_inputs(x)
-    # not `require_stride1`: it accepts a transposed view, whose unit stride runs down the rows
-    weight = ir.ExternKernel.require_contiguous(realize_inputs(weight_t))
-    columns = int(weight_t.get_size()[1])
+def _gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.TensorBox:
+    x, weight_t = realize_inputs(x), realize_inputs(weight_t)
+    features, columns = map(int, weight_t.get_size())
     layout = ir.FixedLayout(x.get_device_or_error(), x.get_dtype(), [1, columns])
     threads = heuristics.gemv_threads(k, columns, x.get_dtype().itemsize, parallel_num_threads())
+    if k == features and _is_output_major(weight_t):
+        return _output(DotGemvTemplate([x, weight_t], layout, threads, k))
+    # not `require_stride1`: it accepts a transposed view, whose unit stride runs down the rows
+    weight = ir.ExternKernel.require_contiguous(weight_t)
     return _output(SparseGemvTemplate([x, weight], layout, threads, k))
+
+
+def _is_output_major(weight_t: ir.TensorBox) -> bool:
+    stride = weight_t.maybe_get_stride()
+    return stride is not None and stride[0] == 1 and stride[1] == weight_t.get_size()[0]
 
 
 @register_lowering(ops.sparsify, type_promotion_kind=None)
@@ -73,7 +81,7 @@ def lower_sparse_linear(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.T
     if not _has_templates(x) or has_free_symbols(weight_t.get_size()):
         return _eager(ops.sparse_linear, x, weight_t, k)
     if x.get_size()[0] == 1 and pick_vec_isa():
-        return _sparse_gemv(x, weight_t, k)
+        return _gemv(x, weight_t, k)
     kept = x if k == features else _sparsify_rows(x, k)
     product: ir.TensorBox = lowerings[torch.ops.aten.mm.default](kept, weight_t)
     return product

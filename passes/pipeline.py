@@ -1,4 +1,4 @@
-"""The order of the passes, in one place: canonicalise → analysis → plan → rotate → fold → sparsify."""
+"""The order of the passes, in one place: canonicalise → analysis → plan → rotate → fold → sparsify → decode."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from larosa_compile.passes.analysis import GraphFacts, analyse
 from larosa_compile.passes.canonical import canonicalise
+from larosa_compile.passes.decode import specialise_one_row
 from larosa_compile.passes.fold import FoldedSite, fold_sites
 from larosa_compile.passes.graph import ParameterGraph, aten
 from larosa_compile.passes.plan import Plan, SiteChoice, make_plan
@@ -59,6 +60,8 @@ def rewrite(
     finish("fold")
     sparsify_sites(editor, sites, online)
     finish("sparsify")
+    specialise_one_row(editor)
+    finish("decode")
 
     graph.module.recompile()
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]

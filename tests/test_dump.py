@@ -12,7 +12,7 @@ from larosa_compile.dump import GraphDump
 from larosa_compile.recipe import Recipe
 from tests.support.models import tiny_model, token_ids
 
-FILES = ["0_input.txt", "1_rotate.txt", "2_fold.txt", "3_sparsify.txt", "report.txt"]
+FILES = ["0_input.txt", "1_rotate.txt", "2_fold.txt", "3_sparsify.txt", "4_decode.txt", "report.txt"]
 SITES = 4
 """Groups of linears in a layer that read together: q/k/v, o, gate/up, down."""
 

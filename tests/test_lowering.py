@@ -1,9 +1,7 @@
 """The CPU lowerings: generated kernels against float64, over rows, dtypes, layouts and fused epilogues."""
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from larosa_compile.kernels import digest, heuristics, lowering, ops, reference
+from larosa_compile.kernels import lowering, ops, reference
 
 assert lowering.__name__ in sys.modules  # importing it is what registers the lowerings
 
@@ -191,6 +189,22 @@ def test_a_transposed_weight_is_made_contiguous() -> None:
     assert_is_product(y, x, weight.t(), K)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_whole_weight_is_read_as_modules_store_it(dtype: torch.dtype) -> None:
+    """One dot product per output, over features and outputs that fill no vector and no tile."""
+    x, weight, bias = torch.randn(1, 101).to(dtype), torch.randn(331, 101).to(dtype), torch.randn(331).to(dtype)
+    (y, biased), code = compile_and_run(
+        lambda x, w, b: (ops.sparse_linear(x, w.t(), 101), ops.sparse_linear(x, w[:7].t(), 101) + b[:7]),
+        x,
+        weight,
+        bias,
+    )  # type: ignore[misc]
+    assert "larosa_dot_gemv" in code and "larosa_sparse_gemv" not in code
+    assert_is_product(y, x, weight.t(), 101)
+    close = torch.allclose(biased.double(), x.double() @ weight[:7].double().t() + bias[:7], rtol=0.02, atol=0.1)
+    assert close and kernels_in(code) == 2
+
+
 def test_last_token_of_a_dynamic_sequence_is_one_row() -> None:
     hidden, weight_t = torch.randn(7, IN), torch.randn(IN, 50)
     torch._dynamo.mark_dynamic(hidden, 0)
@@ -261,29 +275,3 @@ def test_symbolic_weights_fall_back_to_eager() -> None:
     assert "torch.ops.larosa.sparse_linear" in code
     assert isinstance(y, Tensor)
     assert torch.equal(y, ops.sparse_linear(x, weight_t, K))
-
-
-@pytest.mark.parametrize("columns", [1, 31, 576, 4096, 9001, 128_256])
-@pytest.mark.parametrize("threads", [1, 2, 3, 64])
-def test_gemv_split_covers_the_columns(columns: int, threads: int) -> None:
-    part, chunk = heuristics.gemv_split(columns, threads)
-    assert part * threads >= columns
-    assert part % heuristics.COLUMN_MULTIPLE == chunk % heuristics.COLUMN_MULTIPLE == 0
-    assert 0 < chunk <= min(part, heuristics.MAX_CHUNK_COLUMNS)
-
-
-def test_small_work_stays_on_one_thread() -> None:
-    assert heuristics.gemv_threads(k=16, columns=64, itemsize=2, max_threads=8) == 1
-    assert heuristics.gemv_threads(k=2048, columns=4096, itemsize=2, max_threads=8) == 8
-
-
-def test_digest_sees_every_source(tmp_path: Path) -> None:
-    source = Path(digest.__file__).resolve().parent
-    assert digest.source_digest() == digest.folder_digest(source)
-    seen = {digest.source_digest()}
-    for file in ["ops.py", "lowering.py", "templates/select_row.cpp.jinja"]:
-        copy = tmp_path / file.replace("/", "_")
-        shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        (copy / file).write_text((copy / file).read_text() + "\n")
-        seen.add(digest.folder_digest(copy))
-    assert len(seen) == 4

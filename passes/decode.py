@@ -1,0 +1,96 @@
+"""Rewrite 4: what else a decode step computes for one row. Exact up to rounding.
+
+For one row a product costs the reading of its weight, and attention that of its cache. The libraries that serve
+matrices reach half the memory's bandwidth at that, and copy a cache that several heads share once per head. So a
+product with a weight as modules store it becomes `larosa::sparse_linear` with nothing dropped, and attention
+of one query is spelled out in float32, for the compiler to fuse into loops over the cache as it is.
+"""
+
+import math
+
+import torch
+from torch.fx import Node
+
+from larosa_compile.kernels import ops
+from larosa_compile.kernels.support import refusal_reason
+from larosa_compile.passes.graph import aten, is_call, prims, value
+from larosa_compile.passes.rewriting import GraphEditor
+
+
+def specialise_one_row(editor: GraphEditor) -> None:
+    """Rewrites the dense products and the attention of a graph that decodes one row; leaves all others alone."""
+    for node in list(editor.graph.nodes):
+        if is_call(node, aten.mm.default, aten.addmm.default):
+            _stream_weight(editor, node)
+        elif is_call(node, aten._scaled_dot_product_flash_attention_for_cpu.default):
+            _spell_out_attention(editor, node)
+
+
+def _stream_weight(editor: GraphEditor, node: Node) -> None:
+    *bias, row, weight = node.args
+    fake, stored = value(node), value(weight)
+    if fake is None or stored is None or node.kwargs or refusal_reason(fake.device, fake.dtype):
+        return
+    features = stored.shape[0]
+    if not isinstance(fake.shape[0], int) or fake.shape[0] != 1 or stored.stride() != (1, features):
+        return
+    with editor.inserting_after(node):
+        product = editor.call(f"{node.name}_streamed", ops.sparse_linear, row, weight, features)
+        if bias:
+            product = editor.call(f"{node.name}_biased", aten.add.Tensor, product, bias[0])
+    node.replace_all_uses_with(product)
+    editor.graph.erase_node(node)
+
+
+def _spell_out_attention(editor: GraphEditor, node: Node) -> None:
+    """`softmax(q kᵀ · scale + mask) v` for q [batch, heads, 1, width] and k, v [batch, heads, length, width].
+
+    A row that no key may be seen from is zero, as the op defines it.
+    """
+    arguments = _attention_arguments(node)
+    if arguments is None:
+        return
+    query, key, values, mask, scale = arguments
+    fake = value(query)
+    assert fake is not None
+
+    def call(target: torch._ops.OpOverload, *args: object) -> Node:
+        return editor.call("attention", target, *args)
+
+    def wide(tensor: Node) -> Node:
+        return call(prims.convert_element_type.default, tensor, torch.float32)
+
+    with editor.inserting_after(node):
+        # lengths stay in the third dimension, so that reductions over it read v as it is stored
+        products = call(aten.mul.Tensor, wide(query), wide(key))
+        scores = call(aten.mul.Tensor, call(aten.sum.dim_IntList, products, [-1], True), scale)
+        if mask is not None:
+            scores = call(aten.add.Tensor, scores, call(aten.permute.default, wide(mask), [0, 1, 3, 2]))
+        largest = call(aten.clamp_min.default, call(aten.amax.default, scores, [2], True), torch.finfo().min)
+        weights = call(aten.exp.default, call(aten.sub.Tensor, scores, largest))
+        weighed = call(aten.sum.dim_IntList, call(aten.mul.Tensor, weights, wide(values)), [2], True)
+        # the largest score weighs 1, so only a row that sees nothing sums to less
+        total = call(aten.clamp_min.default, call(aten.sum.dim_IntList, weights, [2], True), 1.0)
+        attended = call(prims.convert_element_type.default, call(aten.div.Tensor, weighed, total), fake.dtype)
+    for user in list(node.users):
+        user.replace_all_uses_with(attended)
+        editor.graph.erase_node(user)
+    editor.graph.erase_node(node)  # its dropout makes it impure, so nobody else would
+
+
+def _attention_arguments(node: Node) -> tuple[Node, Node, Node, Node | None, float] | None:
+    """(query, key, value, mask, scale) of attention with one query row whose output alone is used; None otherwise."""
+    schema = aten._scaled_dot_product_flash_attention_for_cpu.default._schema
+    given = {argument.name: argument.default_value for argument in schema.arguments}
+    given |= dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
+    query, mask = given["query"], given["attn_mask"]
+    fake = value(query)
+    # a causal mask lets one query see the first key alone, however long the cache
+    if fake is None or given["is_causal"] or given["dropout_p"] or fake.ndim != 4:
+        return None
+    if not isinstance(fake.shape[2], int) or fake.shape[2] != 1 or any(user.args[1] != 0 for user in node.users):
+        return None
+    masks = value(mask)
+    if mask is not None and (masks is None or masks.ndim != 4):
+        return None
+    return query, given["key"], given["value"], mask, given["scale"] or 1 / math.sqrt(fake.shape[3])

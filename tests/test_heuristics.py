@@ -1,0 +1,22 @@
+"""How the CPU templates split their work."""
+
+import pytest
+
+from larosa_compile.kernels import heuristics
+
+
+@pytest.mark.parametrize("columns", [1, 31, 576, 4096, 9001, 128_256])
+def test_splits_cover_the_columns(columns: int) -> None:
+    chunk = heuristics.gemv_chunk(columns)
+    chunks = heuristics.ceil_div(columns, chunk)
+    assert chunk % heuristics.COLUMN_MULTIPLE == 0 and chunk * chunks >= columns
+    assert chunk <= heuristics.round_up(heuristics.MAX_CHUNK_COLUMNS, heuristics.COLUMN_MULTIPLE)
+    for threads in (1, 2, 3, 64):
+        tile = heuristics.gemv_tile(columns, threads)
+        assert tile % heuristics.COLUMN_MULTIPLE == 0 and 0 < tile <= heuristics.MAX_TILE_COLUMNS
+        assert tile * threads >= columns or tile == heuristics.MAX_TILE_COLUMNS
+
+
+def test_small_work_stays_on_one_thread() -> None:
+    assert heuristics.gemv_threads(k=16, columns=64, itemsize=2, max_threads=8) == 1
+    assert heuristics.gemv_threads(k=2048, columns=4096, itemsize=2, max_threads=8) == 8
