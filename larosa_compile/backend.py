@@ -18,6 +18,7 @@ from larosa_compile.kernels.digest import source_digest
 from larosa_compile.passes.graph import Refusal
 from larosa_compile.passes.pipeline import rewrite
 from larosa_compile.recipe import Recipe, SiteRecipe
+from larosa_compile.released import check_not_released, is_released
 from larosa_compile.report import described, report_of
 from larosa_compile.self_check import find_fault
 from larosa_compile.weights import FoldedWeights
@@ -37,6 +38,7 @@ def larosa(
         MissingRecipeError: neither the options nor a calibration in this process give a recipe.
         RecipeError, RecipeMismatchError: the recipe cannot be read, or belongs to another model.
         InferenceOnlyError: gradients are enabled.
+        ReleasedWeightsError: a weight that this graph needs was released after another was compiled.
     """
     config = Config.from_options(options)
     inductor_options = torch._inductor.list_mode_options(mode) if mode else {}
@@ -56,11 +58,14 @@ def _compile(captured: Captured, config: Config) -> Boxed:
     dump = GraphDump.start(config.dump)
     choices: dict[str, SiteRecipe] = dict(recipe.sites)
     faults: list[Refusal] = []
+    # a model whose weights were released was checked, or not, when they were folded
+    checked = config.self_check and not any(map(is_released, captured.tensors.values()))
     while True:
-        attempt = captured.copy() if config.self_check else captured
+        attempt = captured.copy() if checked else captured
         rewritten = rewrite(attempt.graph, choices, captured.fake_mode, dump.graph)
-        weights = FoldedWeights(list(rewritten.folded.values()), attempt, recipe)
-        fault = find_fault(captured, attempt, rewritten, weights.tensors, recipe) if config.self_check else None
+        streaming = config.release_originals and not checked
+        weights = FoldedWeights(list(rewritten.folded.values()), attempt, recipe, release=streaming)
+        fault = find_fault(captured, attempt, rewritten, weights.tensors, recipe) if checked else None
         if fault is None or not choices:
             break
         faulty = fault.sites & choices.keys() or choices.keys()
@@ -72,6 +77,8 @@ def _compile(captured: Captured, config: Config) -> Boxed:
     if fault is not None:
         # not even the graph without a site agrees, so the graph that was captured is the one to run
         return _lower(captured, captured.fakes, captured.compile_arguments, config)
+    if config.release_originals:
+        weights.release()
     return _with_folded_weights(attempt, weights, config)
 
 
@@ -119,6 +126,7 @@ def _with_folded_weights(captured: Captured, weights: FoldedWeights, config: Con
 
 
 def _lower(captured: Captured, fakes: list[Any], arguments: dict[str, Any], config: Config) -> Boxed:
+    check_not_released(tensor for node, tensor in captured.tensors.items() if node.users)
     module = captured.graph.module
     if config.lowering == "eager":
         return boxed(lambda inputs: module(*inputs))

@@ -18,6 +18,7 @@ from larosa_compile.moments import Moments, observe
 from larosa_compile.passes.pipeline import facts_of
 from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import JSON, Recipe, SiteRecipe
+from larosa_compile.released import check_not_released
 
 Batches = str | Iterable[str] | Iterable[Tensor]
 """Token ids `[batch, tokens]` or `[tokens]`, or texts, for which a tokenizer is needed."""
@@ -59,11 +60,13 @@ def calibrate(
 
     Raises:
         InferenceOnlyError: the model is in training mode.
+        ReleasedWeightsError: its weights were released after they were folded.
         OptionError: an argument is out of range, or texts came without a tokenizer.
         RecipeError: there was nothing to calibrate (no batches, or no residual stream in the model).
 
     Source: LaRoSA (arXiv 2507.01299) sections 3.2-3.4.
     """
+    check_not_released(model.parameters())
     if model.training:
         raise InferenceOnlyError("the model is in training mode; call model.eval() before calibrating it")
     if not 0 <= sparsity < 1:

@@ -17,7 +17,7 @@ DUMP_VARIABLE = "LAROSA_DUMP"
 """Environment variable that stands in for the option `dump`."""
 
 
-OPTIONS = ("dump", "lowering", "recipe", "self_check")
+OPTIONS = ("dump", "lowering", "recipe", "release_originals", "self_check")
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,16 @@ class Config:
         dump: folder to write the graphs and the report to; None writes nothing.
         lowering: "inductor" compiles the rewritten graph; "eager" runs it with the ops' reference
             definitions, for debugging.
-        self_check: compare every rewritten graph with the model, nothing dropped, before it is used.
+        release_originals: give the memory of weights back once they are folded; the model then runs compiled only.
+        self_check: compare every rewritten graph with the model, nothing dropped, before it is used. The check needs
+            both sets of weights at once, so with `release_originals` it is off unless asked for.
         recipe_file: the file that `recipe` was read from, if it was.
     """
 
     recipe: Recipe | None = None
     dump: Path | None = None
     lowering: Lowering = "inductor"
+    release_originals: bool = False
     self_check: bool = True
     recipe_file: "RecipeFile | None" = None
 
@@ -91,11 +94,13 @@ class Config:
             raise OptionError(f"options must be a mapping, got {type(options).__name__}")
         for name in options:
             _check_known(name)
+        release = _flag("release_originals", options.get("release_originals", False))
         return cls(
             recipe=_recipe(options.get("recipe")),
             dump=_dump(options.get("dump", os.environ.get(DUMP_VARIABLE) or None)),
             lowering=_lowering(options.get("lowering", "inductor")),
-            self_check=_flag("self_check", options.get("self_check", True)),
+            release_originals=release,
+            self_check=_flag("self_check", options.get("self_check", not release)),
             recipe_file=RecipeFile.of(options.get("recipe")),
         )
 

@@ -25,6 +25,10 @@ class StaleWeightsError(LarosaError, RuntimeError):
     """The model's weights changed after their folded copies were made."""
 
 
+class ReleasedWeightsError(LarosaError, RuntimeError):
+    """A weight was used whose memory was released after it was folded."""
+
+
 class StaleRecipeError(LarosaError, RuntimeError):
     """The recipe's file changed after a model was compiled with it."""
 

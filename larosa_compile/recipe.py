@@ -141,10 +141,16 @@ class Recipe:
         """Hex SHA-256 over everything the recipe holds, independent of the order of its mappings."""
         canonical = json.dumps(self.header(), sort_keys=True, separators=(",", ":"), allow_nan=False)
         sha = hashlib.sha256(canonical.encode())
+        sha.update(self.rotations_digest.encode())
+        return sha.hexdigest()
+
+    @cached_property
+    def rotations_digest(self) -> str:
+        """Hex SHA-256 over the rotations alone: what folded weights depend on, at any sparsity."""
+        sha = hashlib.sha256()
         for key in sorted(self.rotations):
-            q = self.rotations[key]
-            sha.update(f"\n{key} {tuple(q.shape)}\n".encode())
-            sha.update(q.numpy().data)
+            sha.update(f"\n{key} {tuple(self.rotations[key].shape)}\n".encode())
+            sha.update(self.rotations[key].numpy().data)
         return sha.hexdigest()
 
     def header(self) -> dict[str, JSON]:
@@ -210,6 +216,8 @@ class Recipe:
         # Not dataclasses.replace: its __init__ would prove every rotation orthogonal again, O(d³) each.
         twin = copy.copy(self)
         twin.__dict__.pop("digest", None)
+        if "rotations" in fields:
+            twin.__dict__.pop("rotations_digest", None)
         twin.__dict__.update(fields)
         return twin
 

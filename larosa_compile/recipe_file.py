@@ -17,7 +17,7 @@ from torch import Tensor
 from larosa_compile.errors import RecipeError
 
 FORMAT = "larosa-recipe"
-SCHEMA = "1"
+SCHEMA = "2"
 
 
 def write(path: Path, header: Mapping[str, object], rotations: Mapping[str, Tensor], digest: str) -> None:

@@ -1,6 +1,8 @@
 """Folded weights: built once per model and recipe, shared by every graph that reads them, freed with the last."""
 
 import weakref
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from larosa_compile.errors import StaleWeightsError
 from larosa_compile.passes.parameters import Parameters
 from larosa_compile.passes.rewriting import FoldedTensor
 from larosa_compile.recipe import Recipe
+from larosa_compile.released import check_not_released, is_released, release
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,14 +26,19 @@ class FoldedWeight:
 
     def is_made_of(self, parameters: list[Tensor]) -> bool:
         return len(parameters) == len(self.sources) and all(
-            reference() is parameter and version == _version(parameter)
+            reference() is parameter and _is_unchanged(parameter, version)
             for parameter, (reference, version) in zip(parameters, self.sources, strict=True)
         )
 
 
 def _version(parameter: Tensor) -> tuple[int, int]:
     """Changes when the parameter is written to, and when its `data` is replaced."""
-    return parameter._version, parameter.data_ptr()
+    return parameter._version, 0 if is_released(parameter) else parameter.data_ptr()
+
+
+def _is_unchanged(parameter: Tensor, version: tuple[int, int]) -> bool:
+    """Whether a parameter still has the values it had at `version`; nobody can write to a released one."""
+    return is_released(parameter) or _version(parameter) == version
 
 
 # Only compiled graphs hold folded weights; when the last one goes, so do they. A parameter's id may be reused
@@ -39,19 +47,37 @@ _folded: weakref.WeakValueDictionary[tuple[object, ...], FoldedWeight] = weakref
 
 
 class FoldedWeights:
-    """The folded weights of one graph, in the order of its added inputs."""
+    """The folded weights of one graph, in the order of its added inputs.
 
-    def __init__(self, folded: list[FoldedTensor], captured: Captured, recipe: Recipe) -> None:
-        parameters = {path: captured.tensors[node] for node, path in captured.graph.paths.items()}
-        with torch.no_grad():
-            self._weights = [_fold(spec, parameters, recipe) for spec in folded]
-        used = {path for spec in folded for path in spec.paths}
+    release: give the memory of every parameter back once the last weight that it is folded into is made, so that
+    no more than one weight is there twice.
+    """
+
+    def __init__(self, folded: list[FoldedTensor], captured: Captured, recipe: Recipe, release: bool = False) -> None:
+        self._parameters = {path: captured.tensors[node] for node, path in captured.graph.paths.items()}
+        needed = Counter(path for spec in folded for path in spec.paths)
         inputs = [node for node in captured.graph.graph.nodes if node.op == "placeholder"]
         self._sources = [
-            (index, parameters[path], _version(parameters[path]), path)
+            (index, self._parameters[path], _version(self._parameters[path]), path)
             for index, path in ((index, captured.graph.paths.get(node, "")) for index, node in enumerate(inputs))
-            if path in used
+            if path in needed
         ]
+        # what the graph itself still reads stays, and so does what is too small to matter
+        read = {path for node, path in captured.graph.paths.items() if node.users}
+        self._releasable = [path for path in needed if path not in read and self._parameters[path].ndim > 1]
+        self._weights = []
+        with torch.no_grad():
+            for spec in folded:
+                self._weights.append(_fold(spec, self._parameters, recipe))
+                needed.subtract(spec.paths)
+                if release:
+                    self.release(path for path in spec.paths if not needed[path])
+
+    def release(self, paths: Iterable[str] | None = None) -> None:
+        """Gives back the memory of the parameters, all or these, that only folded weights are made of."""
+        wanted = self._releasable if paths is None else set(paths).intersection(self._releasable)
+        for path in wanted:
+            release(self._parameters[path])
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -64,7 +90,7 @@ class FoldedWeights:
             StaleWeightsError: a parameter was written to, or replaced, after it was folded.
         """
         for index, parameter, version, path in self._sources:
-            if inputs[index] is not parameter or _version(parameter) != version:
+            if inputs[index] is not parameter or not _is_unchanged(parameter, version):
                 raise StaleWeightsError(
                     f"'{path}' was changed after larosa folded it, so the compiled model would use its old value; "
                     "call torch._dynamo.reset() and run the compiled model again to fold the new weights"
@@ -73,9 +99,10 @@ class FoldedWeights:
 
 def _fold(spec: FoldedTensor, parameters: Parameters, recipe: Recipe) -> FoldedWeight:
     sources = [parameters[path] for path in spec.paths]
-    key = (recipe.digest, spec.key, str(spec.device), *map(id, sources))
+    key = (recipe.rotations_digest, spec.key, str(spec.device), *map(id, sources))
     known = _folded.get(key)
     if known is None or not known.is_made_of(sources):
+        check_not_released(sources)
         tensor = spec.build(parameters, recipe.rotations)
         known = FoldedWeight(tensor, tuple((weakref.ref(p), _version(p)) for p in sources))
         _folded[key] = known

@@ -83,14 +83,15 @@ def _attention_arguments(node: Node) -> tuple[Node, Node, Node, Node | None, flo
     schema = aten._scaled_dot_product_flash_attention_for_cpu.default._schema
     given = {argument.name: argument.default_value for argument in schema.arguments}
     given |= dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
-    query, mask = given["query"], given["attn_mask"]
+    query, key, values, mask = (given[name] for name in ("query", "key", "value", "attn_mask"))
+    assert isinstance(query, Node) and isinstance(key, Node) and isinstance(values, Node)
     fake = value(query)
     # a causal mask lets one query see the first key alone, however long the cache
     if fake is None or given["is_causal"] or given["dropout_p"] or fake.ndim != 4:
         return None
     if not isinstance(fake.shape[2], int) or fake.shape[2] != 1 or any(user.args[1] != 0 for user in node.users):
         return None
-    masks = value(mask)
-    if mask is not None and (masks is None or masks.ndim != 4):
+    if mask is not None and (not isinstance(mask, Node) or mask.meta["val"].ndim != 4):
         return None
-    return query, given["key"], given["value"], mask, given["scale"] or 1 / math.sqrt(fake.shape[3])
+    scale = given["scale"]
+    return query, key, values, mask, 1 / math.sqrt(fake.shape[3]) if scale is None else float(scale)

@@ -144,7 +144,7 @@ def _packed_weight(folds: list[LinearFold]) -> FoldedTensor:
         for fold in folds:
             end = start + fold.linear.out_features
             weight = fold.linear.weight.evaluate(parameters)
-            packed[:, start:end] = _folded(fold, weight, parameters, rotations)
+            _fold_into(packed[:, start:end], fold, weight, parameters, rotations)
             start = end
         return packed
 
@@ -158,17 +158,19 @@ def _stacked_weight(fold: LinearFold) -> FoldedTensor:
 
     def build(parameters: Parameters, rotations: Rotations) -> torch.Tensor:
         stack = torch.empty(shape, dtype=fake.dtype, device=fake.device)
-        # one at a time: a stack in float64 would be four times the model's largest tensor
+        # one at a time: a whole stack in float64 would be four times the model's largest tensor
         for folded, weight in zip(stack, linear.weight.evaluate(parameters), strict=True):
-            folded.copy_(_folded(fold, weight, parameters, rotations))
+            _fold_into(folded, fold, weight, parameters, rotations)
         return stack
 
     return FoldedTensor(_key("stack", [fold]), _paths([fold]), shape, fake.dtype, fake.device, build)
 
 
-def _folded(fold: LinearFold, weight: torch.Tensor, parameters: Parameters, rotations: Rotations) -> torch.Tensor:
+def _fold_into(
+    out: torch.Tensor, fold: LinearFold, weight: torch.Tensor, parameters: Parameters, rotations: Rotations
+) -> None:
     scale = fold.affine.evaluate(parameters)[0] if fold.affine else None
-    return fold_weight(weight, scale, matrix(rotations, fold.read), matrix(rotations, fold.write))
+    fold_weight(weight, scale, matrix(rotations, fold.read), matrix(rotations, fold.write), out)
 
 
 def _packed_bias(folds: list[LinearFold]) -> FoldedTensor:

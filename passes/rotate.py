@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from larosa_compile.passes.algebra import Rotations, change_of_basis, fold_weight, matrix
+from larosa_compile.passes.algebra import Rotations, change_of_basis, fold_weight, matrix, precision
 from larosa_compile.passes.bases import BasisChange, Place
 from larosa_compile.passes.equivariance import Kind, equivariance, is_feature_sum, is_row_constant
 from larosa_compile.passes.graph import aten, value
@@ -62,7 +62,7 @@ def rotate_node(editor: GraphEditor, change: BasisChange) -> OnlineRotation:
     name = f"rotate {start or 'model'} -> {end or 'model'}"
 
     def build(_: Parameters, rotations: Rotations) -> torch.Tensor:
-        adapter = change_of_basis(matrix(rotations, start), matrix(rotations, end))
+        adapter = change_of_basis(matrix(rotations, start), matrix(rotations, end), precision(fake.dtype))
         return adapter.to(fake.device, fake.dtype).contiguous()
 
     features = int(fake.shape[-1])

@@ -244,7 +244,7 @@ def forge(path: Path, *, rotation: Tensor | None = None, **metadata: str) -> Non
 @pytest.mark.parametrize(
     ("forgery", "reason"),
     [
-        ({"schema": "2"}, "has recipe schema '2', this version reads '1'; upgrade"),
+        ({"schema": "1"}, "has recipe schema '1', this version reads '2'; upgrade"),
         ({"digest": "0" * 64}, "is damaged: its contents have digest"),
         ({"rotation": orthogonal(seed=1)}, "is damaged: its contents have digest"),
         ({"rotation": orthogonal() * math.nan}, "holds an invalid recipe: rotation 'layer.0' must be finite"),
