@@ -124,13 +124,14 @@ class RowTemplate(CppTemplate):
 
 
 class GemvTemplate(RowTemplate):
-    """One row x [1, in] times weight_t [in, out], summed in float32."""
+    """A few rows x [rows, in] times weight_t [in, out], summed in float32."""
 
     def constants(self) -> dict[str, Any]:
         weight = self.input_nodes[1]
         columns = int(weight.get_size()[1])
         return {
             "W": weight,
+            "rows": int(self.input_nodes[0].get_size()[0]),
             "columns": columns,
             "tile": heuristics.gemv_tile(columns, self.num_threads),
             "rows_at_a_time": 4,
@@ -138,7 +139,7 @@ class GemvTemplate(RowTemplate):
 
 
 class SparseGemvTemplate(GemvTemplate):
-    """The weight stored input-major, one kept row after the other: a dropped row is never read."""
+    """The weight stored input-major, one kept row after the other: what no row of x keeps is never read."""
 
     name = "larosa_sparse_gemv"
     file = "sparse_gemv.cpp.jinja"
@@ -147,13 +148,13 @@ class SparseGemvTemplate(GemvTemplate):
         constants = super().constants()
         return constants | {
             "parts": self.num_threads,
-            "chunk": heuristics.gemv_chunk(constants["columns"]),
+            "chunk": heuristics.gemv_chunk(constants["columns"], constants["rows"]),
             "sums_stride": heuristics.round_up(constants["columns"], heuristics.COLUMN_MULTIPLE),
         }
 
 
 class DotGemvTemplate(GemvTemplate):
-    """The weight stored output-major, as modules keep it, and read whole: one dot product per output."""
+    """One row, the weight stored output-major, as modules keep it, and read whole: one dot product per output."""
 
     name = "larosa_dot_gemv"
     file = "dot_gemv.cpp.jinja"

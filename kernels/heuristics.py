@@ -6,6 +6,8 @@ COLUMN_MULTIPLE = 64
 MAX_CHUNK_COLUMNS = 16384
 # Columns of a result that are finished, and stored, at a time.
 MAX_TILE_COLUMNS = 1024
+# Rows that share one pass over the weight rows that any of them keeps.
+MAX_GEMV_ROWS = 8
 # Below this many weight bytes one core is done before a second one has been woken.
 MIN_PARALLEL_BYTES = 128 * 1024
 # Likewise for elementwise selection, counted in entries.
@@ -31,9 +33,10 @@ def round_up(count: int, multiple: int) -> int:
     return ceil_div(count, multiple) * multiple
 
 
-def gemv_chunk(columns: int) -> int:
-    """Columns of every weight row that are read before the next row."""
-    return round_up(ceil_div(columns, ceil_div(columns, MAX_CHUNK_COLUMNS)), COLUMN_MULTIPLE)
+def gemv_chunk(columns: int, rows: int = 1) -> int:
+    """Columns of every weight row that are read before the next row, for `rows` rows of sums."""
+    chunks = ceil_div(columns * rows, MAX_CHUNK_COLUMNS)
+    return round_up(ceil_div(columns, chunks), COLUMN_MULTIPLE)
 
 
 def gemv_tile(columns: int, threads: int) -> int:

@@ -1,8 +1,8 @@
 """Inductor lowerings of `torch.ops.larosa`; importing this module registers them.
 
-sparse_linear, CPU, one row     -> SparseGemvTemplate, which never reads a dropped weight row; DotGemvTemplate where
-                                   nothing is dropped and the weight is stored output-major
-sparse_linear, CPU, more rows   -> SparsifyTemplate, then Inductor's own mm over the same weight
+sparse_linear, CPU, a few rows  -> SparseGemvTemplate, which never reads a weight row that all of them drop
+                  , one row     -> DotGemvTemplate where nothing is dropped and the weight is stored output-major
+                  , more rows   -> SparsifyTemplate, then Inductor's own mm over the same weight
 sparsify, CPU                   -> SparsifyTemplate
 any other device or dtype       -> the eager op
 """
@@ -53,13 +53,19 @@ def _sparsify_rows(x: ir.TensorBox, k: int) -> ir.TensorBox:
 def _gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.TensorBox:
     x, weight_t = realize_inputs(x), realize_inputs(weight_t)
     features, columns = map(int, weight_t.get_size())
-    layout = ir.FixedLayout(x.get_device_or_error(), x.get_dtype(), [1, columns])
+    rows = int(x.get_size()[0])
+    layout = ir.FixedLayout(x.get_device_or_error(), x.get_dtype(), [rows, columns])
     threads = heuristics.gemv_threads(k, columns, x.get_dtype().itemsize, parallel_num_threads())
-    if k == features and _is_output_major(weight_t):
+    if rows == 1 and k == features and _is_output_major(weight_t):
         return _output(DotGemvTemplate([x, weight_t], layout, threads, k))
     # not `require_stride1`: it accepts a transposed view, whose unit stride runs down the rows
     weight = ir.ExternKernel.require_contiguous(weight_t)
     return _output(SparseGemvTemplate([x, weight], layout, threads, k))
+
+
+def _has_few_rows(x: ir.TensorBox) -> bool:
+    rows = x.get_size()[0]
+    return not has_free_symbols([rows]) and int(rows) <= heuristics.MAX_GEMV_ROWS
 
 
 def _is_output_major(weight_t: ir.TensorBox) -> bool:
@@ -80,7 +86,7 @@ def lower_sparse_linear(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.T
     features = V.graph.sizevars.check_equals_and_simplify(x.get_size()[1], weight_t.get_size()[0])
     if not _has_templates(x) or has_free_symbols(weight_t.get_size()):
         return _eager(ops.sparse_linear, x, weight_t, k)
-    if x.get_size()[0] == 1 and pick_vec_isa():
+    if _has_few_rows(x) and pick_vec_isa():
         return _gemv(x, weight_t, k)
     kept = x if k == features else _sparsify_rows(x, k)
     product: ir.TensorBox = lowerings[torch.ops.aten.mm.default](kept, weight_t)

@@ -94,6 +94,28 @@ def test_column_splits_with_tails(columns: int) -> None:
     assert_is_product(y, x, weight_t, 32)
 
 
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.bfloat16, 3), (torch.float16, 2), (torch.float32, 8)])
+def test_a_few_rows_share_one_pass_over_the_weight(dtype: torch.dtype, rows: int) -> None:
+    """Each row with its own selection, special rows among them, over columns that fill no vector; with an epilogue."""
+    features, columns, ks = 101, 205, (1, 40, 101)
+    weight_t, r = torch.randn(features, columns).to(dtype), torch.randn(rows, columns).to(dtype)
+    special = torch.cat([row for name, row in special_rows(features, dtype).items() if name != "infinity"])
+
+    def fn(x: Tensor, weight_t: Tensor, r: Tensor) -> list[Tensor]:
+        products = [ops.sparse_linear(x, weight_t, k) for k in ks]
+        return [*products, F.relu(ops.sparse_linear(x, weight_t, 7) + r)]
+
+    compiled = torch.compile(fn)
+    _, codes = run_and_get_code(compiled, torch.ones(rows, features, dtype=dtype), weight_t, r)
+    assert "larosa_sparse_gemv" in codes[0] and "extern_kernels." not in codes[0] and kernels_in(codes[0]) == 4
+    for x in (torch.randn(rows, features).to(dtype), special.repeat(2, 1)[:rows], special[-rows:].repeat(2, 1)[:rows]):
+        *products, activated = compiled(x, weight_t, r)
+        for k, y in zip(ks, products, strict=True):
+            assert_is_product(y, x, weight_t, k)
+        wide = F.relu(reference.sparsify(x, 7).double() @ weight_t.double() + r.double())
+        assert torch.allclose(activated.double(), wide, rtol=0.02, atol=0.1, equal_nan=True)
+
+
 def _rope(y: Tensor, r: Tensor) -> Tensor:
     heads, cos = y.view(1, 11, 30), r.view(1, 11, 30)
     return heads * cos + torch.cat([-heads[..., 15:], heads[..., :15]], dim=-1)
