@@ -1,13 +1,18 @@
 """What every benchmark shares: the machine, its bandwidth, medians with spread, and the JSON file."""
 
+import argparse
 import datetime
+import importlib.util
 import json
 import platform
+import re
+import resource
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,8 @@ import transformers
 
 READ_BYTES = 256 * 2**20
 """Larger than any last-level cache this is run on."""
+
+_VECTOR_FLAG = re.compile(r"avx2|avx512\w*|amx\w*|asimd|neon|sve\w*")
 
 
 @dataclass(frozen=True)
@@ -32,17 +39,65 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values), len(values))
 
 
+class Bandwidth:
+    """Read bandwidth, sampled between other measurements: on a shared machine it moves while they run.
+
+    A sample also leaves nothing of what ran before it in the caches.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = torch.ones(READ_BYTES // 4)
+        self._samples: list[float] = []
+        self._buffer.sum()  # the first pass over new memory is a slow one
+
+    def sample(self) -> None:
+        """Sums the buffer once."""
+        self._samples.append(READ_BYTES / _seconds(self._buffer.sum) / 1e9)
+
+    def taken(self) -> Spread:
+        """10⁹ bytes per second over the samples since this was last asked for."""
+        samples, self._samples = self._samples, []
+        return Spread.of(samples)
+
+
 def bandwidth_gb_s(repeats: int = 7) -> float:
     """Read bandwidth: the median of summing a buffer larger than the cache, in 10⁹ bytes per second."""
-    buffer = torch.ones(READ_BYTES // 4)
-    seconds = [_seconds(buffer.sum) for _ in range(repeats + 1)][1:]
-    return READ_BYTES / statistics.median(seconds) / 1e9
+    bandwidth = Bandwidth()
+    for _ in range(repeats):
+        bandwidth.sample()
+    return bandwidth.taken().median
+
+
+def peak_rss_mb() -> float:
+    """The most memory that this process has had, in 10⁶ bytes."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    peaks = [int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM")]
+    # ru_maxrss second: on Linux a process begins with that of the one that started it
+    return peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def _seconds(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Line:
+    """`y = slope · x + intercept` by least squares; `r2` is the share of y's variance that it explains."""
+
+    slope: float
+    intercept: float
+    r2: float
+
+    @classmethod
+    def through(cls, x: list[float], y: list[float]) -> "Line | None":
+        """The line through points; None where there are fewer than three, or all x are equal."""
+        if len(x) < 3 or min(x) == max(x):
+            return None
+        slope, intercept = statistics.linear_regression(x, y)
+        return cls(slope, intercept, statistics.correlation(x, y) ** 2 if min(y) < max(y) else 1.0)
 
 
 def machine() -> dict[str, Any]:
@@ -59,16 +114,59 @@ def machine() -> dict[str, Any]:
     }
 
 
+def kernel_machine() -> dict[str, Any]:
+    """`machine()`, and what decides which kernels exist: the processor's vector flags, Triton's version or None."""
+    return machine() | {
+        "cpu_flags": vector_flags(_cpuinfo()),
+        "triton": metadata.version("triton") if importlib.util.find_spec("triton") else None,
+    }
+
+
 def write(path: Path, meta: dict[str, Any], records: list[dict[str, Any]]) -> None:
     """Writes `{"meta": …, "records": […]}`; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"meta": meta, "records": records}, indent=1) + "\n", encoding="utf-8")
 
 
+def write_so_far(path: Path | None, meta: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """`write` for a run that goes on: whoever reads or interrupts meanwhile finds a whole file."""
+    if path is not None:
+        beside = path.with_name(path.name + ".tmp")
+        write(beside, meta, records)
+        beside.replace(path)
+
+
+def sparsity(text: str) -> float:
+    """An argument in [0, 1), for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"a sparsity lies in [0, 1), got {text!r}")
+    return value
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number above zero, for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def vector_flags(cpuinfo: list[str]) -> list[str]:
+    """The flags of vector units in the lines of /proc/cpuinfo (x86: flags; ARM: Features)."""
+    lines = [line.partition(":")[2] for line in cpuinfo if line.startswith(("flags", "Features"))]
+    return sorted(flag for flag in set(lines[0].split() if lines else []) if _VECTOR_FLAG.fullmatch(flag))
+
+
+def _cpuinfo() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+
+
 def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 

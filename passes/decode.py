@@ -7,6 +7,8 @@ of one query is spelled out in float32, for the compiler to fuse into loops over
 """
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -43,15 +45,15 @@ def _stream_weight(editor: GraphEditor, node: Node) -> None:
 
 
 def _spell_out_attention(editor: GraphEditor, node: Node) -> None:
-    """`softmax(q kᵀ · scale + mask) v` for q [batch, heads, 1, width] and k, v [batch, heads, length, width].
+    """`softmax(q kᵀ · scale + mask) v` for q [batch, heads, 1, width], k and v [batch, groups of heads, length, width].
 
     A row that no key may be seen from is zero, as the op defines it.
     """
-    arguments = _attention_arguments(node)
-    if arguments is None:
+    found = _attention(node)
+    if found is None:
         return
-    query, key, values, mask, scale = arguments
-    fake = value(query)
+    query, key, values, mask = found.query, found.key, found.values, found.mask
+    fake, groups = value(query), key.meta["val"].shape[1]
     assert fake is not None
 
     def call(target: torch._ops.OpOverload, *args: object) -> Node:
@@ -61,37 +63,56 @@ def _spell_out_attention(editor: GraphEditor, node: Node) -> None:
         return call(prims.convert_element_type.default, tensor, torch.float32)
 
     with editor.inserting_after(node):
-        # lengths stay in the third dimension, so that reductions over it read v as it is stored
+        shared = groups != fake.shape[1]
+        if shared:
+            # heads of a group in a dimension of their own, along which k and v are broadcast
+            query = call(aten.reshape.default, query, [-1, groups, fake.shape[1] // groups, 1, fake.shape[3]])
+            key, values = call(aten.unsqueeze.default, key, 2), call(aten.unsqueeze.default, values, 2)
+            mask = None if mask is None else call(aten.unsqueeze.default, mask, 2)
+        # lengths stay in the last dimension but one, so that reductions over it read v as it is stored
         products = call(aten.mul.Tensor, wide(query), wide(key))
-        scores = call(aten.mul.Tensor, call(aten.sum.dim_IntList, products, [-1], True), scale)
+        scores = call(aten.mul.Tensor, call(aten.sum.dim_IntList, products, [-1], True), found.scale)
         if mask is not None:
-            scores = call(aten.add.Tensor, scores, call(aten.permute.default, wide(mask), [0, 1, 3, 2]))
-        largest = call(aten.clamp_min.default, call(aten.amax.default, scores, [2], True), torch.finfo().min)
+            rank = mask.meta["val"].ndim
+            turned = call(aten.permute.default, wide(mask), [*range(rank - 2), rank - 1, rank - 2])
+            scores = call(aten.add.Tensor, scores, turned)
+        largest = call(aten.clamp_min.default, call(aten.amax.default, scores, [-2], True), torch.finfo().min)
         weights = call(aten.exp.default, call(aten.sub.Tensor, scores, largest))
-        weighed = call(aten.sum.dim_IntList, call(aten.mul.Tensor, weights, wide(values)), [2], True)
+        weighed = call(aten.sum.dim_IntList, call(aten.mul.Tensor, weights, wide(values)), [-2], True)
         # the largest score weighs 1, so only a row that sees nothing sums to less
-        total = call(aten.clamp_min.default, call(aten.sum.dim_IntList, weights, [2], True), 1.0)
+        total = call(aten.clamp_min.default, call(aten.sum.dim_IntList, weights, [-2], True), 1.0)
         attended = call(prims.convert_element_type.default, call(aten.div.Tensor, weighed, total), fake.dtype)
+        if shared:
+            attended = call(aten.reshape.default, attended, [-1, *fake.shape[1:]])
     for user in list(node.users):
         user.replace_all_uses_with(attended)
         editor.graph.erase_node(user)
     editor.graph.erase_node(node)  # its dropout makes it impure, so nobody else would
 
 
-def _attention_arguments(node: Node) -> tuple[Node, Node, Node, Node | None, float] | None:
-    """(query, key, value, mask, scale) of attention with one query row whose output alone is used; None otherwise."""
+@dataclass(frozen=True)
+class _Attention:
+    query: Node
+    key: Node
+    values: Node
+    mask: Node | None
+    scale: float
+
+
+def _attention(node: Node) -> _Attention | None:
+    """Attention with one query row, of whose results the output alone is used; None for any other."""
     schema = aten._scaled_dot_product_flash_attention_for_cpu.default._schema
-    given = {argument.name: argument.default_value for argument in schema.arguments}
+    given: dict[str, Any] = {argument.name: argument.default_value for argument in schema.arguments}
     given |= dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
-    query, key, values, mask = (given[name] for name in ("query", "key", "value", "attn_mask"))
-    assert isinstance(query, Node) and isinstance(key, Node) and isinstance(values, Node)
-    fake = value(query)
+    query, key, values, mask, scale = (given[name] for name in ("query", "key", "value", "attn_mask", "scale"))
     # a causal mask lets one query see the first key alone, however long the cache
-    if fake is None or given["is_causal"] or given["dropout_p"] or fake.ndim != 4:
+    if given["is_causal"] or given["dropout_p"] or any(user.args[1] != 0 for user in node.users):
         return None
-    if not isinstance(fake.shape[2], int) or fake.shape[2] != 1 or any(user.args[1] != 0 for user in node.users):
+    _, heads, rows, width = query.meta["val"].shape
+    groups = key.meta["val"].shape[1]
+    if not all(isinstance(size, int) for size in (heads, groups, rows, width)) or rows != 1 or heads % groups:
         return None
-    if mask is not None and (not isinstance(mask, Node) or mask.meta["val"].ndim != 4):
+    masks = value(mask)
+    if masks is not None and (masks.ndim != 4 or (groups != heads and masks.shape[1] != 1)):
         return None
-    scale = given["scale"]
-    return query, key, values, mask, 1 / math.sqrt(fake.shape[3]) if scale is None else float(scale)
+    return _Attention(query, key, values, mask, 1 / math.sqrt(width) if scale is None else scale)

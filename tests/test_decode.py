@@ -66,6 +66,21 @@ def test_attention_of_one_query(dtype: torch.dtype, masked: str) -> None:
     assert (found - expected).abs().max() <= 2 * torch.finfo(dtype).eps * expected.abs().max()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_that_share_keys_without_copies_of_them(masked: bool) -> None:
+    """As transformers calls it where there is no mask: k and v as they are cached."""
+    q, k, v = tensors(torch.float32)
+    mask = torch.randn(2, 1, 1, 37) if masked else None
+
+    def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True, scale=0.3)
+
+    captured = specialised(Function(grouped), q, k, v)
+    assert not has(captured, ATTENTION)
+    (found,) = captured.graph.module(*captured.inputs)
+    assert torch.allclose(found, attention(q, k, v, mask), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "why, function",
     [

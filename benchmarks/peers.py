@@ -1,0 +1,299 @@
+"""The same model on the same machine in what people use instead: llama.cpp, OpenVINO, torchao, and torch.compile.
+
+Every peer decodes in a process of its own with the same number of threads: one sequence, the same 128 tokens first,
+then greedy. They take turns, in the opposite order in every other round; between rounds reading a large buffer says
+what the memory gives. `tokens_per_s` is the median over all tokens, `spread` the lowest and highest median of a
+round. Perplexity is over the same tokens everywhere: windows of 512 tokens of wiki text, all next-token losses.
+What does not run is a record too, with the reason.
+
+GGUF files of other types are made from the given one, in the folder for temporary files (TMPDIR): of a file of 4 bits
+per weight, those of 8 and 16 hold the same values, and another type of 4 loses a second time.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+
+from benchmarks import assets, measure
+from benchmarks.peer_runs import Job, gguf_type, install_hint, version
+from larosa_compile.calibration import token_batches
+from larosa_compile.evaluation import perplexity
+from larosa_compile.progress import progress_bar
+
+CONTEXT, PPL_CONTEXT, CALIBRATION_CONTEXT = 128, 512, 1024
+TOKENS = 32
+SPARSITIES = (0.25, 0.4, 0.5)
+NO_GGUF = "reads GGUF files only: make one with llama.cpp's convert_hf_to_gguf.py, and pass --model FILE.gguf"
+
+LEFT, RIGHT = ("weights", "peer", "version"), ("sparsity", "tokens/s", "rounds' medians", "perplexity")
+out = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A row of the table: a runtime (a key of `peer_runs.RUNTIMES`) with weights of one type."""
+
+    name: str
+    runtime: str
+    weights: str
+    package: str
+    sparsity: float = 0.0
+
+
+def peers(given: str) -> list[Peer]:
+    """All of them; `given` is the type of the weights in the GGUF file, "" without one."""
+    found = [Peer("torch.compile", "torch", "bf16", "torch")]
+    found += [Peer("larosa", "larosa", "bf16", "larosa-compile", sparsity) for sparsity in SPARSITIES]
+    found += [Peer("torchao", "torch", "int8", "torchao"), Peer("torchao, frozen", "frozen", "int8", "torchao")]
+    for weights in dict.fromkeys(("bf16", "f16", "q8_0", "q4_0", given or "f16")):
+        found.append(Peer("llama.cpp", "llama.cpp", weights, "llama-cpp-python"))
+        if weights != "bf16":  # OpenVINO's reader knows f16 alone, and computes in what the processor prefers
+            found.append(Peer("openvino", "openvino", weights, "openvino-genai"))
+    return found
+
+
+def missing(peer: Peer, gguf: str | None) -> str | None:
+    """Why the peer cannot be started, if it cannot."""
+    if version(peer.package) is None:
+        return f"not installed: {install_hint(peer.package)}"
+    return NO_GGUF if gguf is None and peer.runtime in ("llama.cpp", "openvino") else None
+
+
+class PeerError(RuntimeError):
+    """A peer's process could not do what it was asked."""
+
+
+class Child:
+    """A process that answers a JSON line with a JSON line, and may die at any of them."""
+
+    def __init__(self, command: Sequence[str], threads: int) -> None:
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")
+        # a session of its own: Ctrl-C is the parent's business, and children of the compiler die with it
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self._process = subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
+
+    def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """The answer.
+
+        Raises:
+            PeerError: the process said that it failed, ended, or took too long.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        timer = threading.Timer(timeout, self._kill)
+        timer.start()
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(json.dumps(request) + "\n")
+                self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        finally:
+            timer.cancel()
+        answer: dict[str, Any] = json.loads(line or "null") or {"error": self._last_words(timeout)}
+        if "error" in answer:
+            raise PeerError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """Ends the process and frees the pipes."""
+        self._kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _last_words(self, timeout: float) -> str:
+        code = self._process.wait()
+        if code == -signal.SIGKILL:
+            return f"killed: out of memory (try --restart), or no answer within {timeout:.0f} s"
+        how = f"exited with {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+        self._errors.seek(0)
+        lines = [line.strip() for line in self._errors if line.strip()]
+        return f"its process {how}" + (f": {lines[-1][:200]}" if lines else "")
+
+
+@dataclass
+class Run:
+    """A peer's process, what it measured, and why it did not measure more."""
+
+    peer: Peer
+    job: Job
+    reason: str | None = None
+    command: Sequence[str] = (sys.executable, "-m", "benchmarks.peer_runs")
+    timeout: float = 3600.0  # seconds for one answer; the longest is compiling a large model
+    rounds: list[list[float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    _child: Child | None = None
+
+    def start(self) -> None:
+        """Loads the model and decodes a few tokens, unless that has been done; so do the other steps."""
+        self._ask(None, "")
+
+    def decode(self) -> None:
+        """One round."""
+        # the first token finds the caches full of the other peers' weights
+        self.rounds += [answer["seconds"][1:] for answer in self._ask({"decode": TOKENS + 1}, "")]
+        self.rounds = self.rounds if self.reason is None else []  # or they would not be the others' rounds
+
+    def predict(self) -> None:
+        """The perplexity; without it the speed still stands."""
+        self.losses += [loss for answer in self._ask({"losses": True}, "perplexity: ") for loss in answer["losses"]]
+
+    def stop(self) -> None:
+        """Ends the process; a later step starts another."""
+        if self._child is not None:
+            self._child.close()
+            self._child = None
+
+    def record(self, model: str) -> dict[str, Any]:
+        """The peer's line in the file."""
+        speeds = [1 / statistics.median(seconds) for seconds in self.rounds]
+        every = [token for seconds in self.rounds for token in seconds]
+        return {
+            "peer": self.peer.name,
+            "version": version(self.peer.package),
+            "model": model,
+            "weights": self.peer.weights,
+            "sparsity": self.peer.sparsity,
+            "tokens_per_s": 1 / statistics.median(every) if speeds else None,
+            "spread": [min(speeds), max(speeds)] if speeds else None,
+            "ppl": perplexity(self.losses) if self.losses else None,
+            "skipped_reason": self.reason,
+        }
+
+    def _ask(self, request: dict[str, Any] | None, prefix: str) -> list[dict[str, Any]]:
+        """The answer, if there is one."""
+        if self.reason is not None:
+            return []
+        try:
+            if self._child is None:
+                self._child = Child(self.command, self.job.threads)
+                self._child.ask(vars(self.job), self.timeout)
+            return [self._child.ask(request, self.timeout)] if request else []
+        except PeerError as error:
+            self.stop()
+            self.reason = prefix + str(error)
+            if "SIGILL" in self.reason:
+                self.reason += f"; built for another processor? {install_hint(self.peer.package)}"
+        return []
+
+
+def take_turns(runs: list[Run], rounds: int, keep: bool, done: Callable[[], Any]) -> list[float]:
+    """Every run decodes once a round; where they are not kept, each loads its model anew for it.
+
+    Returns the read bandwidth before, between and after the rounds.
+    """
+    bandwidths = []
+    try:
+        for run in runs if keep else []:
+            run.start()
+            done()
+        for number in range(rounds):
+            bandwidths.append(measure.bandwidth_gb_s(3))
+            for run in runs if number % 2 == 0 else reversed(runs):
+                run.decode()
+                if not keep:
+                    run.stop()
+                done()
+        bandwidths.append(measure.bandwidth_gb_s(3))
+        for run in runs:
+            run.predict()
+            run.stop()
+            done()
+    finally:
+        for run in runs:
+            run.stop()
+    return [round(bandwidth, 1) for bandwidth in bandwidths]
+
+
+def bits(weights: str) -> int:
+    """Of one weight, the scales of blocks not counted; 0 if the type's name does not say."""
+    digits = re.search(r"\d+", weights)
+    return int(digits[0]) if digits else 0
+
+
+def table(records: list[dict[str, Any]], title: str) -> Table:
+    """The records in blocks of equal precision."""
+    caption = "Compare within a block: in the next one every weight has fewer bits, so fewer bytes are read."
+    found = Table(*LEFT, *(Column(name, justify="right") for name in RIGHT), title=title, caption=caption)
+    for size in sorted({bits(record["weights"]) for record in records}, reverse=True):
+        found.add_section()
+        found.add_row(f"[bold]{size} bits[/bold]" if size else "[bold]other[/bold]")
+        for record in records:
+            if bits(record["weights"]) == size:
+                speed, spread, ppl = record["tokens_per_s"], record["spread"], record["ppl"]
+                found.add_row(
+                    *(record["weights"], record["peer"], record["version"] or "—", f"{record['sparsity']:.0%}"),
+                    f"{speed:.1f}" if speed else "—",
+                    f"{spread[0]:.1f} to {spread[1]:.1f}" if spread else "—",
+                    f"{ppl:.2f}" if ppl else "—",
+                )
+    return found
+
+
+def prepared(model: str, quick: bool, folder: str) -> list[Run]:
+    """One run for every peer, all with the same tokens."""
+    path = assets.smollm2_path() if model == "smollm2" else Path(model)
+    gguf = str(path) if path.suffix == ".gguf" else None
+    _, tokenizer = assets.load_model(model, torch.bfloat16)
+    windows = list(token_batches(assets.text("wiki"), tokenizer, CALIBRATION_CONTEXT))
+    calibration = [window[0].tolist() for window in windows[: 4 if quick else 24]]
+    held_out = [part.tolist() for window in windows[len(windows) // 2 :] for part in window[0].split(PPL_CONTEXT)]
+    prompt = windows[-1][0, :CONTEXT].tolist()
+    runs = []
+    for peer in peers(gguf_type(path) if gguf else ""):
+        what = (peer.runtime, model, gguf, peer.weights, peer.sparsity, torch.get_num_threads(), folder)
+        runs.append(Run(peer, Job(*what, prompt, held_out[: 2 if quick else 8], calibration), missing(peer, gguf)))
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="smollm2, a hub name, a folder or a GGUF file")
+    parser.add_argument("--quick", action="store_true", help="fewer windows and rounds")
+    parser.add_argument("--restart", action="store_true", help="one model in memory at a time, loaded in every round")
+    parser.add_argument("--json", type=Path, help="also write the measurements to this file")
+    arguments = parser.parse_args()
+    rounds = 2 if arguments.quick else 5
+    meta = measure.machine() | {"context": CONTEXT, "tokens": TOKENS, "rounds": rounds, "restart": arguments.restart}
+    with tempfile.TemporaryDirectory() as folder, progress_bar(True) as bar:
+        runs = prepared(arguments.model, arguments.quick, folder)
+        task = bar.add_task("peers", total=len(runs) * (rounds + 1 + (not arguments.restart)))
+        bandwidths = take_turns(runs, rounds, not arguments.restart, lambda: bar.advance(task))
+    meta |= {
+        "ppl_context": PPL_CONTEXT,
+        "ppl_windows": len(runs[0].job.windows),
+        "bandwidth_of_rounds_gb_s": bandwidths,
+    }
+    records = [run.record(arguments.model) for run in runs]
+    out.print(table(records, f"{arguments.model}: decode, one sequence, greedy, context {CONTEXT}"))
+    for record in records:
+        if record["skipped_reason"]:
+            reason = f"{record['peer']} {record['weights']}: {record['skipped_reason']}"
+            out.print(reason, soft_wrap=True, markup=False)
+    out.print(f"{meta['device']}, {meta['threads']} threads; reads {bandwidths} GB/s between rounds")
+    if arguments.json:
+        measure.write(arguments.json, meta, records)
+
+
+if __name__ == "__main__":
+    main()
