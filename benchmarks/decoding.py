@@ -43,8 +43,8 @@ class Variant:
     def __str__(self) -> str:
         return f"{self.name} {self.sparsity:.0%}" if self.name == "larosa" else self.name
 
-    def forward(self, model: PreTrainedModel, recipe: Recipe | None) -> Forward:
-        """The model, to be called as this variant; what compiles does so at the first call."""
+    def forward(self, model: PreTrainedModel, recipe: Recipe | None, release: bool = False) -> Forward:
+        """The model, to be called as this variant; what compiles does so at the first call. `release`: larosa's option."""
         if self.name == "eager":
             return model
         if self.name == "inductor":
@@ -53,7 +53,7 @@ class Variant:
             return Frozen(model)
         if self.name != "larosa" or recipe is None:
             raise ValueError(f"a variant is one of {', '.join(VARIANTS)}, larosa with a recipe; got {self.name!r}")
-        options: Any = {"recipe": recipe.with_sparsity(self.sparsity)}
+        options: Any = {"recipe": recipe.with_sparsity(self.sparsity), "release_originals": release}
         return torch.compile(model, backend="larosa", options=options)
 
 

@@ -14,7 +14,7 @@ from larosa_compile.errors import StaleWeightsError
 from larosa_compile.passes.parameters import Parameters
 from larosa_compile.passes.rewriting import FoldedTensor
 from larosa_compile.recipe import Recipe
-from larosa_compile.released import check_not_released, is_released, release
+from larosa_compile.released import check_not_released, is_released, release, return_freed_memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +76,8 @@ class FoldedWeights:
     def release(self, paths: Iterable[str] | None = None) -> None:
         """Gives back the memory of the parameters, all or these, that only folded weights are made of."""
         wanted = self._releasable if paths is None else set(paths).intersection(self._releasable)
-        for path in wanted:
-            release(self._parameters[path])
+        if sum(release(self._parameters[path]) for path in wanted):
+            return_freed_memory()
 
     @property
     def tensors(self) -> list[Tensor]:

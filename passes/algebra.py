@@ -16,7 +16,7 @@ Rotations = Mapping[str, torch.Tensor]
 
 
 _SLICE = 1024
-"""Rows of a folded weight that are computed at a time: what is not rounded yet stays small."""
+"""Rows or columns of a folded weight that are computed at a time: what is not rounded yet stays small."""
 
 
 def matrix(rotations: Rotations, basis: Basis) -> torch.Tensor | None:
@@ -59,14 +59,26 @@ def fold_weight(
     if out is None:
         out = torch.empty(weight.shape, dtype=torch.float64, device=weight.device)
     wide = precision(out.dtype)
-    scaled = weight.to(wide)
-    if scale is not None:
-        scaled = scale.to(wide).reshape(-1, 1) * scaled
-    for start in range(0, len(weight), _SLICE):
-        rows = slice(start, start + _SLICE)
-        part = scaled[rows] if read is None else read[:, rows].to(wide).T @ scaled
-        out[rows] = part if write is None else part @ write.to(wide)
+    factors = None if scale is None else scale.to(wide).reshape(-1, 1)
+
+    def scaled(rows: slice, columns: slice) -> torch.Tensor:
+        part = weight[rows, columns].to(wide)
+        return part if factors is None else factors[rows] * part
+
+    everything = slice(None)
+    if write is None:
+        for columns in _slices(weight.shape[1]):
+            part = scaled(everything, columns)
+            out[:, columns] = part if read is None else read.to(wide).T @ part
+    else:
+        read_weight = None if read is None else read.to(wide).T @ scaled(everything, everything)
+        for rows in _slices(weight.shape[0]):
+            out[rows] = (scaled(rows, everything) if read_weight is None else read_weight[rows]) @ write.to(wide)
     return out
+
+
+def _slices(size: int) -> list[slice]:
+    return [slice(start, start + _SLICE) for start in range(0, size, _SLICE)]
 
 
 def fold_bias(
