@@ -264,7 +264,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     arguments.contexts = arguments.contexts or ([128] if quick else [128, 2048])
     arguments.sparsities = arguments.sparsities or ([0.5] if quick else [0.25, 0.4, 0.5, 0.75])
     arguments.variants = arguments.variants or [name for name in VARIANTS if not quick or name != "inductor-max"]
-    arguments.rounds = arguments.rounds or (2 if quick else 5)
+    arguments.rounds = arguments.rounds or (2 if quick else 3)
     for name in arguments.shape if arguments.layers is not None else []:
         try:
             shapes.check_depth(name, arguments.layers)
@@ -272,6 +272,9 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(str(error))
     if arguments.tokens >= ROOM:
         parser.error(f"--tokens must be below {ROOM}, the room that the cache has, got {arguments.tokens}")
+    # frozen with the weights is the first cache it met: it goes on behind the tokens of earlier turns
+    if "inductor-max" in arguments.variants and 4 + arguments.rounds * (arguments.tokens + 1) > ROOM:
+        parser.error(f"inductor-max has room for {ROOM} tokens in all rounds together: lower --rounds or --tokens")
     arguments.runs = [
         Variant(name, sparsity)
         for name in dict.fromkeys(arguments.variants)

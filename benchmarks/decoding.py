@@ -44,7 +44,10 @@ class Variant:
         return f"{self.name} {self.sparsity:.0%}" if self.name == "larosa" else self.name
 
     def forward(self, model: PreTrainedModel, recipe: Recipe | None, release: bool = False) -> Forward:
-        """The model, to be called as this variant; what compiles does so at the first call. `release`: larosa's option."""
+        """The model, to be called as this variant; what compiles does so at the first call.
+
+        release: larosa's option `release_originals`.
+        """
         if self.name == "eager":
             return model
         if self.name == "inductor":
