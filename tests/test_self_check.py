@@ -50,14 +50,16 @@ def dense_sites(model: PreTrainedModel) -> dict[str, str]:
 
 def break_fold(monkeypatch: pytest.MonkeyPatch, *broken: str) -> None:
     """Folds as if the norms before some weights had no scale, the mistake of folding nothing."""
-    right = fold._folded
+    right = fold._fold_into
 
-    def wrong(item: fold.LinearFold, weight: torch.Tensor, parameters: Parameters, rotations: Any) -> torch.Tensor:
+    def wrong(
+        out: torch.Tensor, item: fold.LinearFold, weight: torch.Tensor, parameters: Parameters, rotations: Any
+    ) -> None:
         if item.linear.path in broken:
             item = fold.LinearFold(item.linear, None, item.read, item.write)
-        return right(item, weight, parameters, rotations)
+        right(out, item, weight, parameters, rotations)
 
-    monkeypatch.setattr(fold, "_folded", wrong)
+    monkeypatch.setattr(fold, "_fold_into", wrong)
 
 
 def test_right_folds_pass(model: PreTrainedModel, recipe: Recipe) -> None:
