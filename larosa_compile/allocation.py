@@ -6,6 +6,7 @@ from typing import Literal
 from larosa_compile.errors import OptionError
 from larosa_compile.passes.analysis import GraphFacts
 from larosa_compile.passes.linears import ActivationGroup, Linear
+from larosa_compile.passes.plan import HEAD
 from larosa_compile.recipe import MAX_SPARSITY, SiteRecipe
 
 Rotation = Literal["layer", "model", "none"] | int
@@ -14,24 +15,27 @@ Rotation = Literal["layer", "model", "none"] | int
 MIN_OUTPUTS_PER_FEATURE = 16
 """A linear with fewer outputs than a sixteenth of its inputs keeps all of them."""
 
+MIN_OUTPUTS_PER_ROTATED_FEATURE = 4
+"""A head with fewer outputs than this drops inputs in their own basis: rotating them would read what dropping saves."""
+
 
 @dataclass(frozen=True)
 class Coefficients:
     """Site sparsity per unit of nominal sparsity, by what the site does (paper: Algorithm 1 and its released values).
 
     readers: linears that read a residual stream (q/k/v, gate/up). writers: those that write to one (o, down).
-    others: linears inside a block that do neither. heads: linears whose output feeds no stream, which the paper
-    leaves dense: with 0 they are no sites at all.
+    others: linears inside a block that do neither. heads: linears whose output feeds no stream; the paper leaves
+    them dense, which 0 does: they are no sites then.
     """
 
     readers: float = 0.8
     writers: float = 1.2
     others: float = 1.0
-    heads: float = 0.0
+    heads: float = 0.8
 
     @property
     def by_kind(self) -> dict[str, float]:
-        return {"reader": self.readers, "writer": self.writers, "other": self.others, "head": self.heads}
+        return {"reader": self.readers, "writer": self.writers, "other": self.others, HEAD: self.heads}
 
 
 def allocate(
@@ -40,7 +44,7 @@ def allocate(
     """The sites of one graph.
 
     A basis is named after the first linear that reads in it, so names agree between the graphs of one model. A head
-    has a basis of its own: what it reads is not what a layer reads.
+    has a basis of its own, in which what it reads is rotated at run time: that reads little next to a vocabulary.
 
     Raises:
         OptionError: `rotation` is none of the allowed values.
@@ -50,7 +54,7 @@ def allocate(
     for group in facts.groups:
         for linear in group.linears:
             kind = _kind(linear, group, facts)
-            if kind == "head" and not coefficients.heads:
+            if kind == HEAD and not (coefficients.heads and facts.streams):
                 continue
             coefficient = 0.0 if _is_negligible(linear) else coefficients.by_kind[kind]
             dropped = min(coefficient * sparsity, MAX_SPARSITY)
@@ -59,11 +63,15 @@ def allocate(
 
 
 def _kind(linear: Linear, group: ActivationGroup, facts: GraphFacts) -> str:
-    if linear.path not in facts.feeding_streams:
-        return "head"
+    if _is_head(group, facts):
+        return HEAD
     if facts.reader_of(group) is not None:
         return "reader"
     return "writer" if linear.path in facts.writers else "other"
+
+
+def _is_head(group: ActivationGroup, facts: GraphFacts) -> bool:
+    return not any(linear.path in facts.feeding_streams for linear in group.linears)
 
 
 def _is_negligible(linear: Linear) -> bool:
@@ -81,17 +89,19 @@ def _bases(facts: GraphFacts, rotation: Rotation) -> dict[str, str]:
         return {}
     bases: dict[str, str] = {}
     for stream in facts.streams:
-        feeding = [
-            [reader for reader in layer if reader.group.name in facts.feeding_streams] for layer in stream.layers()
-        ]
+        feeding = [[reader for reader in layer if not _is_head(reader.group, facts)] for layer in stream.layers()]
         layers = [layer for layer in feeding if layer]
         per_basis = _layers_per_basis(rotation, len(layers))
         for start in range(0, len(layers), per_basis):
             sharing = [reader.group.name for layer in layers[start : start + per_basis] for reader in layer]
             bases |= dict.fromkeys(sharing, _basis_name(sharing[0]))
-        heads = {reader.group.name for reader in stream.readers} - bases.keys()
-        bases |= {head: _basis_name(head) for head in heads}
-    return bases
+    heads = [group.name for group in facts.groups if _is_head(group, facts) and _is_worth_a_rotation(group)]
+    return bases | {head: _basis_name(head) for head in heads}
+
+
+def _is_worth_a_rotation(group: ActivationGroup) -> bool:
+    outputs = sum(linear.out_features for linear in group.linears)
+    return not group.stacked and outputs >= MIN_OUTPUTS_PER_ROTATED_FEATURE * group.features
 
 
 def _basis_name(path: str) -> str:

@@ -150,7 +150,7 @@ def _observing(
         facts = facts_of(captured.graph, captured.fake_mode)
         found = allocate(facts, sparsity, coefficients, rotation)
         sites.update(found)
-        observe(facts, {path: site.basis for path, site in found.items()}, moments)
+        observe(facts, found, moments)
         module = captured.graph.module
         return boxed(lambda inputs: module(*inputs))
 

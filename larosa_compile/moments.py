@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from larosa_compile.passes.analysis import GraphFacts
+from larosa_compile.passes.plan import HEAD, SiteChoice
 
 
 class Moments:
@@ -35,15 +36,17 @@ def _descending_eigenvectors(moment: Tensor) -> Tensor:
     return vectors * largest.sign()
 
 
-def observe(facts: GraphFacts, bases: Mapping[str, str | None], moments: Moments) -> None:
-    """Makes the graph itself report what each rotated reader group sees, before the norm's scale.
+def observe(facts: GraphFacts, choices: Mapping[str, SiteChoice], moments: Moments) -> None:
+    """Makes the graph itself report what is rotated: what a reader sees before the norm's scale, a head behind it.
 
-    bases: path of a linear -> its basis, None where it is not rotated; readers that share a basis add up.
+    choices: path of a linear -> its site, which may have no basis; sites that share a basis add up.
     """
     graph = facts.graph.graph
-    for reader in facts.readers:
-        basis = bases.get(reader.group.name)
-        if basis is not None:
-            with graph.inserting_after(reader.source):
-                graph.call_function(moments.add, (basis, reader.source))
+    for group in facts.groups:
+        choice, reader = choices.get(group.name), facts.reader_of(group)
+        if choice is None or choice.basis is None:
+            continue
+        source = reader.source if reader is not None and choice.kind != HEAD else group.activation
+        with graph.inserting_after(source):
+            graph.call_function(moments.add, (choice.basis, source))
     facts.graph.module.recompile()

@@ -22,6 +22,7 @@ from torch import Tensor
 from larosa_compile import recipe_file, registry
 from larosa_compile.errors import RecipeError
 from larosa_compile.fingerprint import locate
+from larosa_compile.passes.plan import HEAD
 
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 """What the provenance of a recipe may be made of."""
@@ -33,7 +34,7 @@ ORTHOGONALITY_TOLERANCE = 1e-4
 """Largest |QᵀQ - I| accepted; a float32 rounding of an exact Q stays two orders of magnitude below."""
 
 
-KINDS = ("reader", "writer", "other", "head")
+KINDS = ("reader", "writer", "other", HEAD)
 
 
 @dataclass(frozen=True)

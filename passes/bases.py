@@ -6,7 +6,7 @@ model's own basis and each group of readers rotates what it reads (where norms o
 stream, method: fold 7).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -68,25 +68,31 @@ class RotatedSite(Protocol):
 
 
 def assign_bases(
-    stream: Stream, sites: Iterable[RotatedSite], graph: ParameterGraph
+    stream: Stream, sites: Iterable[RotatedSite], graph: ParameterGraph, tables: Mapping[Node, Basis]
 ) -> tuple[dict[Node, Basis], list[BasisChange]]:
-    """The cheaper assignment of bases to the nodes of a stream, with the changes of basis it needs."""
+    """The cheaper assignment of bases to the nodes of a stream, with the changes of basis it needs.
+
+    tables: embeddings whose table is stored in that basis, whatever reads them.
+    """
     sites, readers = list(sites), set(map(id, stream.readers))
     reading = [site for site in sites if id(site.reader) in readers]
-    own: dict[Node, Basis] = dict.fromkeys(stream.nodes)
-    if not reading:
-        return own, []
-    candidates = [_in_readers_bases(stream, reading, sites, graph), own]
-    changes = [_changes(stream, bases, reading, sites, graph) for bases in candidates]
+    given = {node: basis for node, basis in tables.items() if node in stream.nodes}
+    own: dict[Node, Basis] = dict.fromkeys(stream.nodes) | given
+    candidates = [_in_readers_bases(stream, reading, sites, graph, given), own] if reading else [own]
+    changes = [_changes(stream, bases, reading, sites, graph, given) for bases in candidates]
     costs = [sum(change.bytes for change in needed) for needed in changes]
     best = costs.index(min(costs))
     return candidates[best], changes[best]
 
 
 def _in_readers_bases(
-    stream: Stream, reading: list[RotatedSite], sites: list[RotatedSite], graph: ParameterGraph
+    stream: Stream,
+    reading: list[RotatedSite],
+    sites: list[RotatedSite],
+    graph: ParameterGraph,
+    tables: Mapping[Node, Basis],
 ) -> dict[Node, Basis]:
-    """What enters the stream is in the model's own basis. A value that readers see is in the first reader's basis
+    """What enters the stream is in the model's own basis, or that of its table. A value that readers see is in the first reader's basis
     from the add that made it; everything in between is in the basis of its first user, so that a writer ends in
     the basis of the next layer and only the skip path changes basis there (method: fold 4).
     """
@@ -98,6 +104,7 @@ def _in_readers_bases(
     bases |= dict.fromkeys(node for node in stream.nodes if _reads_large_table(node, graph))
     # a parameter is rotated as the stream meets it, not before it is sliced or cast
     bases |= dict.fromkeys(node for node in stream.nodes if parameter_expression(node, graph) is not None)
+    bases |= tables
     for reader in stream.readers:
         basis = wanted.get(reader.source)
         bases.setdefault(reader.source, basis)
@@ -110,7 +117,7 @@ def _in_readers_bases(
     foldable = {linear.product for site in sites for linear in site.linears}
     for node in stream.nodes:
         # a sum of embeddings is rotated once, after the add, rather than each of its terms
-        terms = [carried_from(operand) for operand in rotation_operands(node)]
+        terms = [operand if operand in tables else carried_from(operand) for operand in rotation_operands(node)]
         if len(terms) > 1 and is_call(node, aten.add.Tensor, aten.sub.Tensor):
             if all(bases[term] is None and term not in foldable for term in terms):
                 bases[node] = None
@@ -137,6 +144,7 @@ def _changes(
     reading: list[RotatedSite],
     sites: list[RotatedSite],
     graph: ParameterGraph,
+    tables: Mapping[Node, Basis],
 ) -> list[BasisChange]:
     wanted: dict[tuple[Node, Basis], list[Node]] = {}
     for node in stream.nodes:
@@ -159,7 +167,9 @@ def _changes(
         seeing = {user for user in node.users if not is_squared_length(user, node)}
         if node in products and set(users) == seeing and users:
             place = Place.WEIGHT
-        elif parameter_expression(node, graph) is not None and not _is_larger_than_a_rotation(node):
+        elif parameter_expression(node, graph) is not None and (
+            not _is_larger_than_a_rotation(node) or tables.keys() >= set(users)
+        ):
             place = Place.PARAMETER
         elif users and all((node, user) in folding_away for user in users):
             place = Place.NOWHERE

@@ -72,6 +72,7 @@ def fold_sites(
             activation = _activation(editor, plan, site, rotations)
             fold = _fold_stacked if site.group.stacked else _fold_plain
             products = fold(editor, activation, folds)
+        _look_up_in(editor, site, products[0])
         sites.append(FoldedSite(site, activation, products, folds[0].write))
     editor.drop_dead()
     alive = set(editor.graph.nodes)
@@ -87,7 +88,7 @@ def _activation(
         # not `group.activation`: a rotation, or the product of another site, may stand in its place by now
         operand = first.product.args[-2 if not site.group.stacked else 0]
         assert isinstance(operand, Node)
-        return operand
+        return operand if site.basis is None else rotations[site.group.activation, site.basis].result
     operand = _in_basis(plan, reader, site.basis, rotations)
     if reader.affine:
         operand = editor.replay(reader.affine.path, operand)
@@ -99,6 +100,15 @@ def _in_basis(
 ) -> Node:
     """The stream node that a reader sees, in `basis`."""
     return reader.source if plan.bases[reader.source] == basis else rotations[reader.source, basis].result
+
+
+def _look_up_in(editor: GraphEditor, site: Site, product: Node) -> None:
+    """Makes embeddings read the folded weight [features, entries] of a head instead of a table of their own."""
+    for lookup in site.lookups:
+        table, weight = lookup.args[0], product.args[1]
+        assert isinstance(table, Node)
+        with editor.graph.inserting_before(lookup):
+            lookup.replace_input_with(table, editor.call(f"{lookup.name}_table", aten.permute.default, weight, [1, 0]))
 
 
 def _fold_plain(editor: GraphEditor, activation: Node, folds: list[LinearFold]) -> tuple[Node]:

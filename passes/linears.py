@@ -40,6 +40,12 @@ class Linear:
         return self.weight.path
 
     @property
+    def is_parameter_transposed(self) -> bool:
+        """Whether the weight is its parameter, [out_features, in_features], turned and nothing else."""
+        steps = self.weight.steps
+        return len(steps) == 1 and steps[0].target is aten.permute.default and not self.stacked
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes that one product reads, in the dtype it computes in: of a stack, at most one weight a row."""
         dense = self.in_features * self.out_features * int(self.product.meta["val"].dtype.itemsize)

@@ -86,6 +86,12 @@ def _filled(node: Node, operand: Node) -> Any:
     return _OPERAND if node is operand else node
 
 
+def looked_up_parameter(node: Node, graph: ParameterGraph) -> str | None:
+    """The path of the parameter [entries, features] whose rows an embedding looks up as they are."""
+    table = node.args[0] if is_call(node, aten.embedding.default) else None
+    return graph.paths.get(table) if isinstance(table, Node) else None
+
+
 @dataclass(frozen=True)
 class SelectedParameter:
     """`expression`, of which `selection` picks entries along the first dimension; None picks all, in order.

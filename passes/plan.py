@@ -3,7 +3,7 @@
 In memory, from facts and a recipe. Bases are named; None is the model's own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,9 +12,10 @@ from torch.fx import Node
 from larosa_compile.kernels.support import refusal_reason
 from larosa_compile.passes.algebra import Basis
 from larosa_compile.passes.analysis import GraphFacts
-from larosa_compile.passes.bases import BasisChange, assign_bases
+from larosa_compile.passes.bases import BasisChange, Place, assign_bases
 from larosa_compile.passes.graph import Refusal, value
 from larosa_compile.passes.linears import ActivationGroup, Linear
+from larosa_compile.passes.parameters import looked_up_parameter
 from larosa_compile.passes.streams import StreamReader
 
 _NO_SITE = "the recipe has no such site"
@@ -30,12 +31,22 @@ class SiteChoice(Protocol):
     @property
     def basis(self) -> Basis: ...
 
+    @property
+    def kind(self) -> str: ...
+
+
+HEAD = "head"
+"""The kind of site whose basis is that of what its linears read, scaled and shifted, rather than of the stream."""
+
 
 @dataclass(frozen=True)
 class Site:
     """Linears that share one Top-K selection: `kept` of `group.features` inputs, selected in `basis`.
 
-    reader: how the group reads a stream, None where it does not or where it stays in its own basis.
+    reader: how the group reads a stream that is kept in its basis; None where it does not, so that a basis means a
+    rotation of the group's activation at run time.
+    lookups: embeddings that look rows up in the weight of a head; they do so in the folded weight, so that a tied
+    vocabulary matrix is stored once.
     """
 
     group: ActivationGroup
@@ -43,6 +54,7 @@ class Site:
     sparsity: float
     kept: int
     basis: Basis
+    lookups: tuple[Node, ...] = ()
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -81,32 +93,51 @@ def make_plan(facts: GraphFacts, choices: Mapping[str, SiteChoice]) -> Plan:
     refusals = list(facts.refusals)
     for group in facts.groups:
         reader = facts.reader_of(group)
-        members: dict[tuple[float, Basis], list[Linear]] = {}
+        members: dict[tuple[float, Basis, bool], list[Linear]] = {}
         for linear in group.linears:
             choice = choices.get(linear.path)
             reason = _refuse(linear, choice, reader, facts)
             if choice is None or reason:
                 refusals.append(Refusal(linear.path, reason or _NO_SITE))
                 continue
-            members.setdefault((choice.sparsity, choice.basis), []).append(linear)
-        for (sparsity, basis), linears in members.items():
+            members.setdefault((choice.sparsity, choice.basis, choice.kind == HEAD), []).append(linear)
+        for (sparsity, basis, is_head), linears in members.items():
             part = ActivationGroup(tuple(linears))
             kept = kept_features(sparsity, group.features)
-            sites.append(Site(part, reader if basis is not None else None, sparsity, kept, basis))
+            seen = reader if basis is not None and not is_head else None
+            lookups = _lookups(linears, facts) if is_head else ()
+            sites.append(Site(part, seen, sparsity, kept, basis, lookups))
     bases: dict[Node, Basis] = {}
     changes: list[BasisChange] = []
+    tables = {node: site.basis for site in sites for node in site.lookups}
     for stream in facts.streams:
-        assigned, needed = assign_bases(stream, sites, facts.graph)
+        assigned, needed = assign_bases(stream, sites, facts.graph, tables)
         bases |= assigned
         changes += needed
+    changes += _rotations_of_heads(sites, bases)
     return Plan(facts, tuple(sites), bases, tuple(changes), tuple(refusals))
 
 
 def _refuse(linear: Linear, choice: SiteChoice | None, reader: StreamReader | None, facts: GraphFacts) -> str | None:
     if choice is None:
         return _NO_SITE if linear.path in facts.feeding_streams else _NOT_IN_A_BLOCK
-    if choice.basis is not None and reader is None:
+    if choice.basis is not None and reader is None and choice.kind != HEAD:
         return f"the recipe rotates its input to basis '{choice.basis}', but in this graph it reads no residual stream"
     fake = value(linear.product)
     assert fake is not None
     return refusal_reason(fake.device, fake.dtype)
+
+
+def _lookups(linears: list[Linear], facts: GraphFacts) -> tuple[Node, ...]:
+    """The embeddings of a stream that look rows up in what is, transposed, the weight of the only linear."""
+    if len(linears) > 1 or not linears[0].is_parameter_transposed:
+        return ()
+    nodes = [node for stream in facts.streams for node in stream.nodes]
+    return tuple(node for node in nodes if looked_up_parameter(node, facts.graph) == linears[0].path)
+
+
+def _rotations_of_heads(sites: list[Site], bases: Mapping[Node, Basis]) -> Iterator[BasisChange]:
+    for site in sites:
+        if site.basis is not None and site.reader is None:
+            activation = site.group.activation
+            yield BasisChange(activation, bases.get(activation), site.basis, (), Place.ONLINE)

@@ -9,11 +9,11 @@ from larosa_compile.allocation import Coefficients, allocate
 from larosa_compile.errors import OptionError
 from larosa_compile.passes.analysis import GraphFacts, analyse
 from larosa_compile.recipe import MAX_SPARSITY
-from tests.support.decoder import LAYER, READERS, Decoder, ids
+from tests.support.decoder import FEATURES, LAYER, READERS, Decoder, ids
 from tests.support.graphs import capture_graph
 
 LAYERS = 4
-COEFFICIENTS = Coefficients(readers=0.5, writers=1.5, others=0.75)
+COEFFICIENTS = Coefficients(readers=0.5, writers=1.5, others=0.75, heads=0)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ class WithInnerLinear(torch.nn.Module):
 @pytest.mark.parametrize("rotation", ["layer", "model", 3, "none"])
 def test_the_sites_are_the_linears_of_the_layers(facts: GraphFacts, rotation: Any) -> None:
     sites = allocate(facts, 0.5, COEFFICIENTS, rotation)
-    # the head is the one linear without a site
+    # the head is the one linear without a site, as its coefficient says
     assert set(sites) == {f"layers.{layer}.{name}.weight" for layer in range(LAYERS) for name in LAYER}
     assert {linear.path for linear in facts.linears} - set(sites) == {"head.weight"}
 
@@ -68,7 +68,21 @@ def test_a_linear_that_neither_reads_nor_writes_is_other() -> None:
 def test_default_coefficients_keep_the_nominal_sparsity_on_average() -> None:
     default = Coefficients()
     assert (default.readers + default.writers) / 2 == default.others == 1
-    assert default.by_kind == {"reader": default.readers, "writer": default.writers, "other": default.others, "head": 0}
+    assert default.by_kind == {"reader": 0.8, "writer": 1.2, "other": 1, "head": 0.8}
+
+
+@pytest.mark.parametrize(("vocab", "rotated"), [(4 * FEATURES, True), (4 * FEATURES - 1, False)])
+@pytest.mark.parametrize("rotation", ["layer", "model", "none"])
+def test_a_head_has_a_basis_of_its_own_where_it_is_wide(vocab: int, rotated: bool, rotation: Any) -> None:
+    found = analyse(capture_graph(Decoder(layers=2, vocab=vocab), ids(1, 6)).graph)
+    head = allocate(found, 0.5, Coefficients(heads=0.6), rotation)["head.weight"]
+    assert (head.kind, head.coefficient, head.sparsity) == ("head", 0.6, 0.3)
+    assert head.basis == ("head" if rotated and rotation != "none" else None)
+
+
+def test_without_a_stream_nothing_is_a_head() -> None:
+    lone = analyse(capture_graph(torch.nn.Linear(4, 64), torch.randn(2, 4)).graph)
+    assert allocate(lone, 0.5, Coefficients(), "layer") == {}
 
 
 @pytest.mark.parametrize(

@@ -66,13 +66,14 @@ def test_every_pass_can_be_read(recipe: Recipe, tmp_path: Path, by: str, monkeyp
 
     before, rotated, folded, sparse = (graph / name for name in FILES[:4])
     sparse_linear = "larosa.sparse_linear.default"
+    # the head has too few outputs to be rotated
     head, online, linears = 1, 2, 7
     assert count(before, "aten.mm.default") == linears + head
     assert count(rotated, "aten.mm.default") > count(before, "aten.mm.default")
     assert count(folded, "aten.mm.default") == SITES + online + head
     assert [count(file, sparse_linear) for file in (before, rotated, folded)] == [0, 0, 0]
-    assert count(sparse, sparse_linear) == SITES + online
-    assert count(sparse, "aten.mm.default") == head
+    assert count(sparse, sparse_linear) == SITES + head + online
+    assert count(sparse, "aten.mm.default") == 0
     assert "float32[64, 160]" in before.read_text()
     assert (graph / "report.txt").read_text() == f"{larosa_compile.explain(fast)}\n"
 

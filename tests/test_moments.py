@@ -82,25 +82,26 @@ def test_signs_are_fixed() -> None:
     assert torch.equal(q, moments_of(-x).rotations()["b"])
 
 
-def test_readers_that_share_a_basis_add_up() -> None:
+def test_readers_that_share_a_basis_add_up_and_a_head_sees_the_scale() -> None:
     torch.manual_seed(0)
-    model, tokens = Decoder(layers=2), ids(3, 7)
+    model, tokens = Decoder(layers=2, vocab=4 * FEATURES), ids(3, 7)
     captured = capture_graph(model, tokens)
     facts = analyse(captured.graph)
     sites = allocate(facts, 0.5, Coefficients(), "layer")
     moments = Moments()
-    observe(facts, {path: site.basis for path, site in sites.items()}, moments)
+    observe(facts, sites, moments)
 
     expected: dict[str, Tensor] = {}
 
-    def seen(basis: str, norm: torch.nn.Module, output: Tensor) -> None:
-        x = (output / norm.weight).detach().double().flatten(0, -2)
+    def seen(basis: str, scale: Tensor | float, output: Tensor) -> None:
+        x = (output / scale).detach().double().flatten(0, -2)
         expected[basis] = expected.get(basis, torch.zeros(FEATURES, FEATURES, dtype=torch.float64)) + x.T @ x
 
     for index, layer in enumerate(model.layers):
         for norm in (layer.norm_1, layer.norm_2):
             basis = f"layers.{index}.q"
-            norm.register_forward_hook(lambda norm, _, output, basis=basis: seen(basis, norm, output))
+            norm.register_forward_hook(lambda norm, _, output, basis=basis: seen(basis, norm.weight, output))
+    model.norm.register_forward_hook(lambda norm, _, output: seen("head", 1.0, output))
     with torch.no_grad():
         (dense,) = model(tokens)
         # every call of the observed graph adds; it computes what it did before

@@ -46,7 +46,7 @@ def run(model: Any, tokens: int) -> None:
 
 
 def site_paths() -> set[str]:
-    return {
+    return {"lm_head.weight"} | {
         f"model.layers.{layer}.{'self_attn' if name in 'q_proj k_proj v_proj o_proj' else 'mlp'}.{name}.weight"
         for layer in range(LAYERS)
         for names in READ_TOGETHER
@@ -59,7 +59,7 @@ def check_sites(report: GraphReport, model: PreTrainedModel, recipe: Recipe) -> 
     shapes = dict(model.named_parameters())
     size = model.dtype.itemsize
     assert {path for site in report.sites for path in site.paths} == site_paths()
-    assert {tuple(path.split(".")[-2] for path in site.paths) for site in report.sites} == set(READ_TOGETHER)
+    assert {tuple(path.split(".")[-2] for path in site.paths) for site in report.sites} == {*READ_TOGETHER, ("lm_head",)}
     skipped = 0
     for site in report.sites:
         weights = [shapes[path] for path in site.paths]
@@ -72,7 +72,7 @@ def check_sites(report: GraphReport, model: PreTrainedModel, recipe: Recipe) -> 
         assert site.dense_bytes == sum(weight.numel() for weight in weights) * size
         assert site.sparse_bytes == site.outputs * site.kept * size
         skipped += site.dense_bytes - site.sparse_bytes
-    assert report.other_bytes == model.get_output_embeddings().weight.numel() * size
+    assert report.other_bytes == 0
     online = sum(item.bytes for item in report.online)
     assert report.dense_bytes == sum(site.dense_bytes for site in report.sites) + report.other_bytes
     assert report.sparse_bytes == report.dense_bytes - skipped + online
@@ -153,7 +153,7 @@ def test_the_text_names_everything(model: PreTrainedModel, recipe: Recipe) -> No
     readers, writers = 2 * LAYERS + 1, 2 * LAYERS
     (stream,) = graph.streams
     assert (stream.features, stream.readers, stream.writers) == (64, readers, writers)
-    assert stream.bases == tuple(recipe.rotations)
+    assert stream.bases == tuple(basis for basis in recipe.rotations if basis != "lm_head")
     assert str(stream) in text
     assert "…" not in text
 
@@ -162,7 +162,7 @@ def test_what_stays_dense_is_named_with_its_reason(model: PreTrainedModel, recip
     left_out = "model.layers.1.mlp.down_proj.weight"
     fewer = Recipe(
         recipe.sparsity,
-        {path: site for path, site in recipe.sites.items() if path != left_out},
+        {path: site for path, site in recipe.sites.items() if path not in (left_out, "lm_head.weight")},
         recipe.rotations,
         recipe.parameters,
         {},
@@ -189,4 +189,4 @@ def test_a_model_without_dummy_inputs_needs_example_inputs() -> None:
         larosa_compile.explain(decoder)
     (report,) = larosa_compile.explain(decoder, example_inputs={"ids": ids(1, 4)}).graphs
     assert report.rows == "4"
-    assert report.refusals[-1].site == "head.weight"
+    assert report.sites[-1].paths == ("head.weight",)

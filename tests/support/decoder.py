@@ -15,6 +15,7 @@ FEATURES, HIDDEN = 16, 24
 class Choice:
     sparsity: float = 0.0
     basis: str | None = None
+    kind: str = "other"
 
 
 class RMSNorm(nn.Module):
@@ -122,6 +123,8 @@ def simulate(
         norm = getattr(parent, "norm_1" if first else "norm_2", None)
         scale, shift = (getattr(norm, part, None) if choice.basis else None for part in ("weight", "bias"))
         linear = parent.get_submodule(name)
+        if isinstance(linear, nn.Embedding):  # a tied head goes by the first name of its weight
+            linear = model.get_submodule("head")
 
         def sparse(
             linear: nn.Module, args: tuple[Tensor], choice: Any = choice, scale: Any = scale, shift: Any = shift

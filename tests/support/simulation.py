@@ -32,13 +32,15 @@ def sparse_input(x: Tensor, sparsity: float, scale: Tensor | None = None, rotati
 def simulated(model: torch.nn.Module, recipe: Any) -> Iterator[torch.nn.Module]:
     """Within the context, calls of `model` are sparse as `recipe` says, by hooks on its linears."""
     handles = []
+    paths = {id(parameter): path for path, parameter in model.named_parameters()}
     for name, module in model.named_modules():
-        site = recipe.sites.get(f"{name}.weight")
+        # a tied head goes by the first name of its weight
+        site = recipe.sites.get(paths.get(id(module.weight))) if isinstance(module, torch.nn.Linear) else None
         if site is None:
             continue
         rotation = recipe.rotations[site.basis] if site.basis is not None else None
         scale = None
-        if rotation is not None:
+        if rotation is not None and site.kind != "head":
             layer = model.get_submodule(name.rsplit(".", 2)[0])
             norm = layer.input_layernorm if "attn" in name else layer.post_attention_layernorm
             scale = norm.weight.detach()
