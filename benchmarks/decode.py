@@ -45,7 +45,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(child(arguments)))
         return
-    meta = measure.kernel_machine()
+    meta = measure.machine()
     out.print(
         f"{meta['device']}, {meta['threads']} threads, reads {meta['bandwidth_gb_s']} GB/s; torch {meta['torch']}"
     )

@@ -55,7 +55,7 @@ out = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
 
 def main() -> None:
     arguments = parsed(sys.argv[1:])
-    meta = measure.kernel_machine()
+    meta = measure.machine()
     out.print(f"{meta['device']}, {meta['threads']} threads, torch {meta['torch']}, {', '.join(meta['cpu_flags'])}")
     records: list[dict[str, Any]] = []
     cases = list(itertools.product(arguments.dtypes, arguments.rows, arguments.shapes))

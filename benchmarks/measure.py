@@ -101,24 +101,19 @@ class Line:
 
 
 def machine() -> dict[str, Any]:
-    """The `meta` of a benchmark file: device, threads, versions, date, commit, measured bandwidth."""
+    """The `meta` of a benchmark file: device, its vector flags, threads, versions (triton's or None), date, commit,
+    measured bandwidth."""
     return {
         "device": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_flags": vector_flags(_cpuinfo()),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "triton": metadata.version("triton") if importlib.util.find_spec("triton") else None,
         "transformers": transformers.__version__,
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "bandwidth_gb_s": round(bandwidth_gb_s(), 1),
-    }
-
-
-def kernel_machine() -> dict[str, Any]:
-    """`machine()`, and what decides which kernels exist: the processor's vector flags, Triton's version or None."""
-    return machine() | {
-        "cpu_flags": vector_flags(_cpuinfo()),
-        "triton": metadata.version("triton") if importlib.util.find_spec("triton") else None,
     }
 
 

@@ -92,9 +92,9 @@ def _in_readers_bases(
     graph: ParameterGraph,
     tables: Mapping[Node, Basis],
 ) -> dict[Node, Basis]:
-    """What enters the stream is in the model's own basis, or that of its table. A value that readers see is in the first reader's basis
-    from the add that made it; everything in between is in the basis of its first user, so that a writer ends in
-    the basis of the next layer and only the skip path changes basis there (method: fold 4).
+    """What enters the stream is in the model's own basis, or that of its table. A value that readers see is in the
+    first reader's basis from the add that made it; everything in between is in the basis of its first user, so that a
+    writer ends in the basis of the next layer and only the skip path changes basis there (method: fold 4).
     """
     wanted: dict[Node, Basis] = {}
     for site in reading:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._inductor.inductor_prims import force_stride_order
 from torch.fx import Node
 
 from larosa_compile.kernels import ops
@@ -69,8 +70,11 @@ def _spell_out_attention(editor: GraphEditor, node: Node) -> None:
             query = call(aten.reshape.default, query, [-1, groups, fake.shape[1] // groups, 1, fake.shape[3]])
             key, values = call(aten.unsqueeze.default, key, 2), call(aten.unsqueeze.default, values, 2)
             mask = None if mask is None else call(aten.unsqueeze.default, mask, 2)
+        # computed once: Inductor would compute its rotary embedding, sines and all, for every key anew
+        query = wide(query)
+        query = call(force_stride_order, query, [*query.meta["val"].stride()])
         # lengths stay in the last dimension but one, so that reductions over it read v as it is stored
-        products = call(aten.mul.Tensor, wide(query), wide(key))
+        products = call(aten.mul.Tensor, query, wide(key))
         scores = call(aten.mul.Tensor, call(aten.sum.dim_IntList, products, [-1], True), found.scale)
         if mask is not None:
             rank = mask.meta["val"].ndim

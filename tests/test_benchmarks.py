@@ -32,7 +32,7 @@ def test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "READ_BYTES", 2**20)
     meta = measure.machine()
     assert set(meta) == {
-        *("device", "cpu_capability", "threads", "torch", "transformers"),
+        *("device", "cpu_capability", "cpu_flags", "threads", "torch", "triton", "transformers"),
         *("date", "commit", "bandwidth_gb_s"),
     }
     assert meta["threads"] == torch.get_num_threads()

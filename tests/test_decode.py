@@ -1,11 +1,13 @@
 """What a decode step computes for one row besides the sites: attention and dense products, against eager."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 
 from larosa_compile.capture import Captured
 from larosa_compile.kernels import ops
@@ -79,6 +81,15 @@ def test_heads_that_share_keys_without_copies_of_them(masked: bool) -> None:
     assert not has(captured, ATTENTION)
     (found,) = captured.graph.module(*captured.inputs)
     assert torch.allclose(found, attention(q, k, v, mask), atol=1e-6)
+
+
+def test_a_query_is_computed_once_rather_than_for_every_key() -> None:
+    q, k, v = tensors(torch.float32)
+    captured = specialised(Function(lambda q, k, v: attention(q.cos(), k, v, None)), q, k, v)
+    run: Any = lambda: torch._inductor.compile(captured.graph.module, captured.inputs)(q, k, v)  # noqa: E731
+    (found,), (code,) = run_and_get_code(run)
+    assert torch.allclose(found, attention(q.cos(), k, v, None), atol=1e-6)
+    assert code.index(".cos()") < code.index("tmp_acc0"), "in a loop before that over the keys"
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,10 @@ def check_sites(report: GraphReport, model: PreTrainedModel, recipe: Recipe) -> 
     shapes = dict(model.named_parameters())
     size = model.dtype.itemsize
     assert {path for site in report.sites for path in site.paths} == site_paths()
-    assert {tuple(path.split(".")[-2] for path in site.paths) for site in report.sites} == {*READ_TOGETHER, ("lm_head",)}
+    assert {tuple(path.split(".")[-2] for path in site.paths) for site in report.sites} == {
+        *READ_TOGETHER,
+        ("lm_head",),
+    }
     skipped = 0
     for site in report.sites:
         weights = [shapes[path] for path in site.paths]
