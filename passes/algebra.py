@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 import torch
 
+from larosa_compile.passes.halves import Halves
+
 Basis = str | None
 """Name of an orthogonal basis; None is the model's own."""
 
@@ -60,20 +62,21 @@ def fold_weight(
         out = torch.empty(weight.shape, dtype=torch.float64, device=weight.device)
     wide = precision(out.dtype)
     factors = None if scale is None else scale.to(wide).reshape(-1, 1)
-
-    def scaled(rows: slice, columns: slice) -> torch.Tensor:
-        part = weight[rows, columns].to(wide)
-        return part if factors is None else factors[rows] * part
-
-    everything = slice(None)
-    if write is None:
-        for columns in _slices(weight.shape[1]):
-            part = scaled(everything, columns)
-            out[:, columns] = part if read is None else read.to(wide).T @ part
-    else:
-        read_weight = None if read is None else read.to(wide).T @ scaled(everything, everything)
+    left = None if read is None else (read.to(wide) if factors is None else factors * read.to(wide)).T
+    right = None if write is None else write.to(wide)
+    if left is not None and right is not None:
+        weight, left, factors = left @ weight.to(wide), None, None
+    with Halves.where_they_pay(weight, out.dtype) as halves:
+        if left is not None:
+            left = halves.of(left, 1)
+            for columns in _slices(weight.shape[1]):
+                out[:, columns] = left @ halves.against(weight[:, columns].to(wide), 0)
+            return out
+        right = None if right is None else halves.of(right, 0)
         for rows in _slices(weight.shape[0]):
-            out[rows] = (scaled(rows, everything) if read_weight is None else read_weight[rows]) @ write.to(wide)
+            part = weight[rows].to(wide)
+            product = part if right is None else halves.against(part, 1) @ right
+            out[rows] = product if factors is None else factors[rows] * product
     return out
 
 

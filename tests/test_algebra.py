@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from larosa_compile.passes import halves
 from larosa_compile.passes.algebra import change_of_basis, fold_bias, fold_weight, matrix
 
 IN, OUT, ROWS = 12, 7, 5
@@ -96,14 +97,22 @@ def test_the_model_s_own_basis_has_no_matrix() -> None:
         matrix({"q": q}, "other")
 
 
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+@pytest.mark.parametrize("sides", ["read", "write", "read, write", ""])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_16_bit_weight_is_rounded_once(dtype: torch.dtype) -> None:
-    """Computed in float32, in slices of rows, it is next to the exact result; a product in 16 bits would not be."""
-    rows, columns = 2500, 40
+def test_a_16_bit_weight_is_rounded_once(
+    dtype: torch.dtype, sides: str, in_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In slices, in float32 or bfloat16 halves, it is next to the exact result; a product in 16 bits would not be."""
+    monkeypatch.setattr(halves, "_multiplies_bfloat16", lambda: in_bfloat16)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    rows, columns = 1300, 1100
     weight, scale = torch.randn(rows, columns).to(dtype), torch.rand(rows) + 0.5
-    start, end = orthogonal(rows), orthogonal(columns)
+    start = orthogonal(rows) if "read" in sides else None
+    end = orthogonal(columns) if "write" in sides else None
     exact = fold_weight(weight, scale, start, end)
     found = fold_weight(weight, scale, start, end, out=torch.empty(rows, columns, dtype=dtype))
     rounded = (exact - exact.to(dtype).double()).norm()
     assert found.dtype == dtype
     assert (found.double() - exact).norm() <= 1.001 * rounded
+    assert torch.backends.mkldnn.matmul.fp32_precision == before

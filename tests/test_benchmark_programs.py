@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from benchmarks import decode, decoding, kernels, measure, prefill, shapes
+from benchmarks import decode, decoding, kernels, measure, shapes
 from benchmarks.decoding import ATTENTION, DENSE, GENERATED, GROUPS, SPARSE, Prompt, Subject, Variant
 from larosa_compile.kernels import reference
 
@@ -116,22 +116,6 @@ def test_a_built_model_is_complete(name: str) -> None:
     assert cut.config.num_hidden_layers == 1 and shapes.parameters(cut) < shapes.parameters(model)
     with pytest.raises(ValueError, match="1 to 2 layers, got 3"):
         shapes.build(name, layers=3)
-
-
-def test_reading_a_prompt() -> None:
-    arguments = prefill.parsed(["--shape", "tiny", "--layers", "1", "--tokens", "5", "--rounds", "2"])
-    assert (arguments.tokens, arguments.sparsities) == ([5], [0.5])
-    assert (prefill.parsed(["--quick"]).tokens, prefill.parsed(["--quick"]).layers) == ([128], 4)
-    with pytest.raises(SystemExit):
-        prefill.parsed(["--layers", "99"])
-    subject, passes = Subject.prepared("tiny", 1, [5], calibrated=True), list[None]()
-    variants = [Variant("eager"), Variant("larosa", 0.5)]
-    records = prefill.measured(subject, 5, variants, 2, lambda: passes.append(None))
-    assert len(passes) == 2 * 3
-    assert [(record["variant"], record["tokens"]) for record in records] == [("eager", 5), ("larosa", 5)]
-    assert records[0]["vs_first"] == 1
-    assert all(low <= record["ms"] <= high for record in records for low, high in [record["spread"]])
-    assert "larosa 50%" in shown(prefill.table(records))
 
 
 def test_a_record_of_a_kernel() -> None:

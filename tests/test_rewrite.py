@@ -29,7 +29,7 @@ from tests.support.decoder import (
     ids,
 )
 from tests.support.graphs import capture_graph
-from tests.support.stages import Stages, check_stages, evaluate
+from tests.support.stages import Stages, changes, check_stages, evaluate
 
 
 @pytest.fixture(autouse=True)
@@ -43,13 +43,6 @@ def one_for_all(layer: int) -> str:
 
 def own(layer: int) -> None:
     return None
-
-
-def changes(stages: Stages) -> set[tuple[str | None, str | None]]:
-    """(from, to) of the rotations that stayed online."""
-    found = [(rotation.change.start, rotation.change.end) for rotation in stages.online]
-    assert len(set(found)) == len(found), f"one change of basis is made twice: {found}"
-    return set(found)
 
 
 def chain(*bases: str | None) -> set[tuple[str | None, str | None]]:
@@ -200,33 +193,6 @@ def test_a_head_stays_dense_and_reads_the_model_s_own_basis(tied: bool) -> None:
     stages = check_stages(Decoder(1, tied=tied), choices_for(1), ids(2, 5))
     assert [refusal.site for refusal in stages.plan.refusals] == [head]
     assert "feeds no residual stream" in stages.plan.refusals[0].reason
-
-
-@pytest.mark.parametrize("basis", ["h", None])
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("positions", [0, 30])
-def test_a_sparse_head_rotates_what_it_reads_and_shares_its_weight(
-    basis: str | None, tied: bool, positions: int
-) -> None:
-    """A tied vocabulary matrix is there once: rows are looked up where the head's weight is stored."""
-    head, vocab = "embedding.weight" if tied else "head.weight", 70
-    choices = {**choices_for(2, 0.5), head: Choice(0.4, basis, "head")}
-    stages = check_stages(Decoder(2, vocab=vocab, tied=tied, positions=positions), choices, ids(2, 5))
-    # a sum of embeddings is rotated once unless one of them is in a basis already
-    entering = {(basis if tied else None, "l0")} | ({(None, "l0")} if positions else set())
-    leaving = {("l1", None)} | ({(None, basis)} if basis else set())
-    assert changes(stages) == entering | {("l0", "l1")} | leaving
-    assert not stages.plan.refusals
-    graph, shapes = stages.captured.graph, [tensor.shape for tensor in stages.editor.folded.values()]
-    assert shapes.count((FEATURES, vocab)) == 1
-    assert (vocab, FEATURES) not in shapes
-    (table,) = (node for node, path in graph.paths.items() if path == "embedding.weight")
-    assert bool(table.users) == (not tied)
-
-
-def test_hidden_states_of_a_model_with_a_sparse_head_leave_in_its_own_basis() -> None:
-    choices = {**choices_for(2, 0.5), "embedding.weight": Choice(0.4, "h", "head")}
-    check_stages(Decoder(2, vocab=70, tied=True, returns_hidden=True), choices, ids(2, 5))
 
 
 def test_products_after_the_rewrite() -> None:

@@ -134,6 +134,13 @@ def checked_build(tensor: FoldedTensor, parameters: Mapping[str, Tensor], rotati
     return built
 
 
+def changes(stages: Stages) -> set[tuple[str | None, str | None]]:
+    """(from, to) of the rotations that stayed online."""
+    found = [(rotation.change.start, rotation.change.end) for rotation in stages.online]
+    assert len(set(found)) == len(found), f"one change of basis is made twice: {found}"
+    return set(found)
+
+
 def check_stages(module: nn.Module, choices: Choices, ids: Tensor, later: Tensor | None = None) -> Stages:
     """Exact up to Top-K, then what hooks on the module say. `later`: other sizes than the captured ones."""
     stages = Stages(module, choices, ids, dynamic=later is not None)
