@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import torch
 from torch._inductor import ir
-from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.select_algorithm import realize_inputs
 from torch._inductor.utils import has_free_symbols, parallel_num_threads
@@ -86,7 +85,7 @@ def lower_sparse_linear(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.T
     features = V.graph.sizevars.check_equals_and_simplify(x.get_size()[1], weight_t.get_size()[0])
     if not _has_templates(x) or has_free_symbols(weight_t.get_size()):
         return _eager(ops.sparse_linear, x, weight_t, k)
-    if _has_few_rows(x) and pick_vec_isa():
+    if _has_few_rows(x):
         return _gemv(x, weight_t, k)
     kept = x if k == features else _sparsify_rows(x, k)
     product: ir.TensorBox = lowerings[torch.ops.aten.mm.default](kept, weight_t)

@@ -2,14 +2,17 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from larosa_compile.kernels import lowering, ops, reference
+from tests.support.products import assert_is_product, special_rows
 
 assert lowering.__name__ in sys.modules  # importing it is what registers the lowerings
 
@@ -25,7 +28,7 @@ def _fresh_compiler() -> Iterator[None]:
         yield
 
 
-def compile_and_run(fn: Callable[..., object], *args: Tensor, dynamic: bool | None = None) -> tuple[object, str]:
+def compile_and_run(fn: Callable[..., Any], *args: Tensor, dynamic: bool | None = None) -> tuple[Any, str]:
     """What the compiled `fn` returns, and all code Inductor generated for it."""
     result, codes = run_and_get_code(torch.compile(fn, dynamic=dynamic), *args)
     return result, "\n".join(codes)
@@ -33,40 +36,6 @@ def compile_and_run(fn: Callable[..., object], *args: Tensor, dynamic: bool | No
 
 def kernels_in(code: str) -> int:
     return code.count("async_compile.cpp_pybinding(")
-
-
-def assert_is_product(y: Tensor, x: Tensor, weight_t: Tensor, k: int) -> None:
-    """`y` is the product of the kept entries, within one rounding of `y` and those of a float32 sum."""
-    kept, weight = reference.sparsify(x, k).double(), weight_t.double()
-    expected = kept @ weight
-    out, acc = torch.finfo(y.dtype), torch.finfo(torch.float32)
-    terms = int((kept != 0).sum(dim=-1).max())
-    bound = (out.eps + terms * acc.eps) * (kept.abs() @ weight.abs())
-    # among subnormals a rounding has an absolute size
-    bound += out.smallest_normal * out.eps + terms * acc.smallest_normal * acc.eps
-    finite = expected.isfinite()
-    assert torch.equal(y.isnan(), expected.isnan())
-    assert torch.equal(y[~finite].nan_to_num(), expected[~finite].to(y.dtype).nan_to_num())
-    assert ((y.double() - expected).abs() <= bound)[finite].all()
-
-
-def special_rows(features: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Rows [1, features] that selection could get wrong."""
-    random = torch.randn(1, features)
-    with_nan, with_inf = random.clone(), random.clone()
-    with_nan[0, 5], with_inf[0, 3] = float("nan"), -float("inf")
-    subnormal = torch.randint(-9, 10, (1, features)) * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    rows = {
-        "random": random,
-        "ties": torch.randint(-3, 4, (1, features)),
-        "all equal": torch.full((1, features), -0.5),
-        "zeros": torch.zeros(1, features),
-        "mostly zeros": random * (torch.arange(features) % 17 == 0),
-        "subnormals": subnormal,
-        "nan": with_nan,
-        "infinity": with_inf,
-    }
-    return {name: row.to(dtype) for name, row in rows.items()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,6 +53,22 @@ def test_one_row_streams_the_kept_rows(dtype: torch.dtype) -> None:
     for row in special_rows(features, dtype).values():
         for k, y in zip(ks, compiled(row, weight_t), strict=True):
             assert_is_product(y, row, weight_t, k)
+
+
+@pytest.mark.parametrize("build", ["avx2", "plain"])
+def test_narrower_vectors_or_none(build: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if build == "plain":
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    x, weight_t = torch.randn(2, IN).bfloat16(), torch.randn(IN, OUT).bfloat16()
+
+    def fn(x: Tensor, weight_t: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.sparse_linear(x[:1], weight_t, K), ops.sparsify(x, K)
+
+    with inductor_config.patch({"cpp.simdlen": 256} if build == "avx2" else {}):
+        (y, kept), code = compile_and_run(fn, x, weight_t)
+    assert "larosa_sparse_gemv" in code and "larosa_sparsify" in code
+    assert_is_product(y, x[:1], weight_t, K)
+    assert torch.equal(kept, reference.sparsify(x, K))
 
 
 @pytest.mark.parametrize("columns", [1, 9001])
