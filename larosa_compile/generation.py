@@ -50,7 +50,7 @@ class ClockedStreamer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Prints what became readable."""
         if self._visible:
-            super().on_finalized_text(text, stream_end)  # type: ignore[no-untyped-call]
+            super().on_finalized_text(text, stream_end)
 
 
 class Generator:
@@ -100,7 +100,8 @@ class Generator:
             ModelError: transformers did not compile this model's decoding.
         """
         start = time.perf_counter()
-        self._generate(self._prompts[0][:, -1:], WARM_UP_TOKENS, min_new_tokens=WARM_UP_TOKENS)
+        # a whole prompt: the self-check judges the graph by these inputs, and a token alone is like no other
+        self._generate(self._prompts[0], WARM_UP_TOKENS, min_new_tokens=WARM_UP_TOKENS)
         if "compile_config" in self._arguments and not self.compiled_graphs:
             raise ModelError(
                 "transformers did not compile this model's decoding, as it has no cache of a fixed size; "

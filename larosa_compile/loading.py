@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.utils import logging
@@ -43,7 +44,7 @@ def load_model(
         arguments |= {"dtype": dtype or torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
     else:
         arguments |= {"dtype": dtype or "auto"}
-    with _one_error(source, "the model"), _quiet(hub=_is_hub_name(source)):
+    with _one_error(source, "the model"), quiet(hub=_is_hub_name(source)):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**arguments)
     if "gguf_file" in arguments:
         _clear_quantisation_marks(model)
@@ -60,7 +61,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
         ModelError: it cannot be loaded.
     """
     arguments = _located(source)
-    with _one_error(source, "its tokenizer"), _quiet(hub=_is_hub_name(source)):
+    with _one_error(source, "its tokenizer"), quiet(hub=_is_hub_name(source)):
         return AutoTokenizer.from_pretrained(**arguments)
 
 
@@ -88,14 +89,20 @@ def usable_device(name: str | None) -> torch.device:
     return device
 
 
+def positions(model: PreTrainedModel) -> int | None:
+    """How many tokens a model has positions for; None where its configuration does not say."""
+    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
+
+
 def check_positions(model: PreTrainedModel, tokens: int, what: str) -> None:
     """Refuses more tokens than the model has positions for, where it says how many.
 
     Raises:
         OptionError: there are more.
     """
-    allowed = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(allowed, int) and tokens > allowed:
+    allowed = positions(model)
+    if allowed is not None and tokens > allowed:
         raise OptionError(f"{what} may be {allowed} tokens for this model, got {tokens}; ask for fewer")
 
 
@@ -144,11 +151,13 @@ def _one_error(source: str | os.PathLike[str], what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(hub: bool) -> Iterator[None]:
-    """Silences log lines, warnings and bars; the bars of a download stay where somebody sees them. Exceptions pass."""
+def quiet(hub: bool) -> Iterator[None]:
+    """Silences log lines, warnings and bars; those of a download, `hub`, stay where somebody sees them."""
     downloads = hub and sys.stderr.isatty()
-    verbosity, bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
+    bars = not are_progress_bars_disabled()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity(hub_logging.ERROR)  # it tells of every retry
     if bars and not downloads:
         disable_progress_bars()
     # the GGUF reader's bar comes from tqdm itself, which no switch reaches
@@ -159,6 +168,7 @@ def _quiet(hub: bool) -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
         if bars and not downloads:
             enable_progress_bars()
 

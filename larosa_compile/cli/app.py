@@ -4,6 +4,8 @@ Exit codes: 0 done, 1 an error, 2 a command line that is wrong, 130 interrupted.
 """
 
 import os
+import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -35,8 +37,8 @@ class Commands(TyperGroup):
         try:
             code: Any = super().main(args, *rest, **extra | {"standalone_mode": False})
         except UsageError as error:
-            if error.message:  # a bare `larosa` has printed its help
-                complain(self._usage(error))
+            if error.format_message():  # a bare `larosa` has printed its help, and says no more
+                complain(self._usage(error, sys.argv[1:] if args is None else args))
             code = error.exit_code
         except typer.Abort:
             code = INTERRUPTED
@@ -59,14 +61,27 @@ class Commands(TyperGroup):
             complain(described(error))
             raise typer.Exit(1) from error
 
-    def _usage(self, error: Any) -> str:
-        """A wrong command line: what was given and allowed, as the parser says it, and where to read more."""
-        message = " ".join(error.format_message().split()).rstrip(".")
+    def _usage(self, error: Any, args: Sequence[str]) -> str:
+        """A wrong command line: what is allowed, as the parser says it, what was given, and where to read more."""
+        message = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
+        given = _given(getattr(error, "param", None), args)
+        if given is not None and given not in message:
+            message += f", got {given!r}"
         context = error.ctx
-        if context is None or context.command is self:
+        if context is not None and context.command is self:
             message += f"; the commands are {', '.join(self.commands)}"
         path = context.command_path if context is not None else "larosa"
         return f"{message}; see '{path} --help'"
+
+
+def _given(parameter: Any, args: Sequence[str]) -> str | None:
+    """What a command line gives for an option, where it does: the parser's own messages leave it out."""
+    names = getattr(parameter, "opts", ())
+    for arg, after in zip(args, [*args[1:], None], strict=True):
+        name, equals, value = arg.partition("=")
+        if name in names:
+            return value if equals else after
+    return None
 
 
 def described(error: BaseException) -> str:

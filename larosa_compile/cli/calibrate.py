@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from larosa_compile.cli.options import Device, Dtype, DtypeOption, Model, sparsity_in_range
+from larosa_compile.cli.options import Device, Dtype, DtypeOption, Model, existing_files, sparsity_in_range
 
 if TYPE_CHECKING:
     from larosa_compile.allocation import Rotation
@@ -32,7 +32,9 @@ def calibrate(
         Path,
         typer.Option("--output", "-o", metavar="RECIPE", callback=_writable, help="File to write.", show_default=False),
     ],
-    text: Annotated[list[Path] | None, typer.Option("--text", help="A text file; may be given again.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option("--text", callback=existing_files, help="A text file; may be given again.")
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option("--dataset", metavar="NAME[:SPLIT[:COLUMN]]", help="A data set on the hub, or a folder."),
@@ -45,7 +47,9 @@ def calibrate(
         typer.Option("--rotation", metavar="layer|model|N|none", callback=_known_rotation, help="Layers per basis."),
     ] = "layer",
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="To calibrate on, in whole windows.")] = 24576,
-    context: Annotated[int, typer.Option("--context", min=2, help="Tokens in a window.")] = 1024,
+    context: Annotated[
+        int | None, typer.Option("--context", min=2, help="Tokens in a window; by default 1024, or all a model takes.")
+    ] = None,
     dtype: DtypeOption = "auto",
     device: Device = None,
 ) -> None:
@@ -64,22 +68,19 @@ def _calibrate(
     sparsity: float,
     rotation: str,
     tokens: int,
-    context: int,
+    context: int | None,
     dtype: Dtype,
     device: str | None,
 ) -> None:
     import larosa_compile
     from larosa_compile.cli.opening import open_model, open_tokenizer
     from larosa_compile.cli.output import note
-    from larosa_compile.cli.texts import dataset_texts, file_texts, windows_of
-    from larosa_compile.loading import check_positions
+    from larosa_compile.cli.texts import dataset_texts, file_texts, window_length, windows_of
 
     texts = file_texts(paths, tokens) if paths is not None else dataset_texts(dataset or "", tokens)
-    tokenizer = open_tokenizer(name)
-    context = min(context, tokens)
-    windows = windows_of(texts, tokenizer, context, math.ceil(tokens / context), "what to calibrate on")
-    loaded = open_model(name, dtype, device)
-    check_positions(loaded, context, "--context")
+    tokenizer, loaded = open_tokenizer(name), open_model(name, dtype, device)
+    length = min(window_length(loaded, context), tokens)
+    windows = windows_of(texts, tokenizer, length, math.ceil(tokens / length), "what to calibrate on")
     layers: Rotation = int(rotation) if rotation.isdecimal() else rotation  # type: ignore[assignment]
     start = time.perf_counter()
     recipe = larosa_compile.calibrate(

@@ -5,15 +5,20 @@ from typing import Annotated, Any
 
 import typer
 
-from larosa_compile.cli.options import AsJson, Device, DtypeOption, Model, OtherSparsity, RecipeFile
+from larosa_compile.cli.options import AsJson, Device, DtypeOption, Model, OtherSparsity, RecipeFile, existing_files
 
 
 def evaluate(
     model: Model,
     recipe: RecipeFile,
-    text: Annotated[list[Path], typer.Option("--text", help="A text file; may be given again.", show_default=False)],
+    text: Annotated[
+        list[Path],
+        typer.Option("--text", callback=existing_files, help="A text file; may be given again.", show_default=False),
+    ],
     sparsity: OtherSparsity = None,
-    context: Annotated[int, typer.Option("--context", min=2, help="Tokens in a window.")] = 1024,
+    context: Annotated[
+        int | None, typer.Option("--context", min=2, help="Tokens in a window; by default 1024, or all a model takes.")
+    ] = None,
     windows: Annotated[int, typer.Option("--windows", min=1, help="At most so many, from the start.")] = 16,
     dtype: DtypeOption = "auto",
     device: Device = None,
@@ -24,17 +29,15 @@ def evaluate(
 
     from larosa_compile.cli.opening import open_model, open_recipe, open_tokenizer
     from larosa_compile.cli.output import print_json, print_table, table
-    from larosa_compile.cli.texts import file_texts, windows_of
+    from larosa_compile.cli.texts import file_texts, window_length, windows_of
     from larosa_compile.evaluation import next_token_losses, perplexity
-    from larosa_compile.loading import check_positions
     from larosa_compile.progress import progress_bar
 
     used = open_recipe(recipe, sparsity)
-    texts = file_texts(text, windows * context)
-    found = windows_of(texts, open_tokenizer(model), context, windows, "--text")
-    loaded = open_model(model, dtype, device)
+    tokenizer, loaded = open_tokenizer(model), open_model(model, dtype, device)
+    asked = window_length(loaded, context)
+    found = windows_of(file_texts(text, windows * asked), tokenizer, asked, windows, "--text")
     length = found[0].shape[1]
-    check_positions(loaded, length, "--context")
     used.attach(loaded)
     options: Any = {"recipe": used}
     variants: dict[str, Any] = {"dense": loaded, "sparse": torch.compile(loaded, backend="larosa", options=options)}

@@ -1,26 +1,24 @@
 """`larosa explain`."""
 
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from larosa_compile.cli.options import AsJson, Device, DtypeOption, Model, OtherSparsity
+from larosa_compile.cli.options import AsJson, Device, DtypeOption, Model, OptionalRecipeFile, OtherSparsity
 
 
 def explain(
     model: Model,
-    recipe: Annotated[
-        Path | None,
-        typer.Option("--recipe", "-r", metavar="RECIPE", help="To plan with; by default what calibrate would choose."),
-    ] = None,
+    recipe: OptionalRecipeFile = None,
     sparsity: OtherSparsity = None,
     dtype: DtypeOption = "auto",
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what the compiler finds in a model and would do with it: streams, sites, bytes, what stays dense and why."""
+    """Say what the compiler finds in a model and does with it: streams, sites, bytes, what stays dense and why.
+
+    Without a recipe, what `larosa calibrate` would choose.
+    """
     import larosa_compile
     from larosa_compile.cli.opening import open_model, open_recipe
     from larosa_compile.cli.output import print_json

@@ -1,11 +1,10 @@
 """`larosa generate`."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from larosa_compile.cli.options import AsJson, Device, DtypeOption, Model, OtherSparsity
+from larosa_compile.cli.options import AsJson, Device, DtypeOption, Model, OptionalRecipeFile, OtherSparsity
 
 if TYPE_CHECKING:
     from larosa_compile.generation import Continuation
@@ -16,9 +15,7 @@ def generate(
     prompt: Annotated[
         list[str], typer.Option("--prompt", "-p", help="What to go on from; may be given again.", show_default=False)
     ],
-    recipe: Annotated[
-        Path | None, typer.Option("--recipe", "-r", metavar="RECIPE", help="What `larosa calibrate` wrote.")
-    ] = None,
+    recipe: OptionalRecipeFile = None,
     sparsity: OtherSparsity = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Of each prompt.")] = 128,
     chat: Annotated[

@@ -28,7 +28,7 @@ def inspect(
     typer.echo(
         f"{recipe}: a recipe at nominal sparsity {found['sparsity']:g}, {found['file_bytes'] / 1e6:.1f} MB\n"
         f"digest      {found['digest']}\n"
-        f"model       {found['parameters']:,} weights in {found['tensors']} parameters\n"
+        f"model       {found['parameters']} names of parameters\n"
         f"bases       {_bases(found['bases'])}"
     )
     for key, value in found["calibration"].items():
@@ -58,17 +58,9 @@ def summary(recipe: "Recipe") -> dict[str, Any]:
         "sites": len(recipe.sites),
         "kinds": kinds,
         "bases": {key: len(rotation) for key, rotation in recipe.rotations.items()},
-        "tensors": len(recipe.parameters),
-        "parameters": sum(_product(shape) for shape in recipe.parameters.values()),
+        "parameters": len(recipe.parameters),
         "calibration": dict(recipe.calibration),
     }
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
 
 
 def _bases(bases: dict[str, int]) -> str:

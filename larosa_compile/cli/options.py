@@ -19,9 +19,43 @@ def sparsity_in_range(value: float | None) -> float | None:
     return value
 
 
+def existing_file(path: Path | None) -> Path | None:
+    """A path as given.
+
+    Raises:
+        typer.BadParameter: there is no file.
+    """
+    if path is not None and not path.is_file():
+        raise typer.BadParameter(f"{path} is no file; give one that exists")
+    return path
+
+
+def existing_files(paths: list[Path] | None) -> list[Path] | None:
+    """Paths as given, which may be none.
+
+    Raises:
+        typer.BadParameter: one is no file.
+    """
+    for path in paths or ():
+        existing_file(path)
+    return paths or None
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, a folder or a GGUF file.", show_default=False)]
 RecipeFile = Annotated[
-    Path, typer.Option("--recipe", "-r", metavar="RECIPE", help="What `larosa calibrate` wrote.", show_default=False)
+    Path,
+    typer.Option(
+        "--recipe",
+        "-r",
+        metavar="RECIPE",
+        callback=existing_file,
+        help="What `larosa calibrate` wrote.",
+        show_default=False,
+    ),
+]
+OptionalRecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", "-r", metavar="RECIPE", callback=existing_file, help="What `larosa calibrate` wrote."),
 ]
 DtypeOption = Annotated[
     Dtype, typer.Option("--dtype", help="Of the weights; auto: the checkpoint's, bfloat16 for a GGUF file.")

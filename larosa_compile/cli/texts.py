@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from larosa_compile.calibration import Tokenizer, token_batches
 from larosa_compile.errors import OptionError
-from larosa_compile.loading import in_one_line
+from larosa_compile.loading import check_positions, in_one_line, positions, quiet
 from larosa_compile.progress import progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 CHARACTERS_PER_TOKEN = 32
 """More than any text has on average, so that a large source is read no further than it is needed."""
+
+WINDOW = 1024
+"""Tokens in a window, where nobody says otherwise."""
 
 ALLOWED = "give NAME[:split[:column]], such as Salesforce/wikitext/wikitext-2-raw-v1:train:text"
 
@@ -53,7 +57,7 @@ def dataset_texts(spec: str, tokens: int) -> list[str]:
         raise OptionError(f"--dataset {spec!r} is not understood; {ALLOWED}")
     wanted, texts = tokens * CHARACTERS_PER_TOKEN, list[str]()
     try:
-        with progress_bar(True) as bar:
+        with quiet(hub=True), progress_bar(True) as bar:
             task = bar.add_task(f"reading {name}, characters", total=wanted)
             for row in _rows(name, split or "train"):
                 column = column or _text_column(row)
@@ -70,6 +74,18 @@ def dataset_texts(spec: str, tokens: int) -> list[str]:
     except Exception as error:
         raise OptionError(f"cannot read --dataset {spec!r} ({in_one_line(error)}); {ALLOWED}") from error
     return texts
+
+
+def window_length(model: "PreTrainedModel", asked: int | None) -> int:
+    """Tokens in a window: as asked for, or else `WINDOW`, or what the model has positions for if that is less.
+
+    Raises:
+        OptionError: the model has fewer positions than were asked for.
+    """
+    if asked is None:
+        return min(WINDOW, positions(model) or WINDOW)
+    check_positions(model, asked, "--context")
+    return asked
 
 
 def windows_of(texts: Iterable[str], tokenizer: Tokenizer, context: int, count: int, source: str) -> "list[Tensor]":
