@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,8 @@ def check_positions(model: PreTrainedModel, tokens: int, what: str) -> None:
 
 
 def in_one_line(error: BaseException, limit: int = 200) -> str:
-    """The first line that an exception says, or its class where it says nothing."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = lines[0].rstrip(" .:") if lines else type(error).__name__
+    """What an exception says, lines joined and cut at `limit` characters; its class where it says nothing."""
+    said = " ".join(str(error).split()).rstrip(" .:") or type(error).__name__
     return said if len(said) <= limit else said[: limit - 1] + "…"
 
 
@@ -157,7 +157,7 @@ def quiet(hub: bool) -> Iterator[None]:
     verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
     bars = not are_progress_bars_disabled()
     logging.set_verbosity_error()
-    hub_logging.set_verbosity(hub_logging.ERROR)  # it tells of every retry
+    hub_logging.set_verbosity(ERROR)  # it tells of every retry
     if bars and not downloads:
         disable_progress_bars()
     # the GGUF reader's bar comes from tqdm itself, which no switch reaches

@@ -79,8 +79,8 @@ def test_calibrate_writes_the_recipe_that_calibrate_makes(folder: Path) -> None:
 def test_calibrate_with_options(folder: Path, tmp_path: Path, rotation: str, bases: int) -> None:
     texts = ("--text", folder / "text.txt", "--text", folder / "text.txt")
     target = tmp_path / "r.safetensors"
-    said = ran("calibrate", folder, *texts, "--rotation", rotation, "--sparsity", 0.25, "--tokens", 999, "-o", target)
-    assert "calibrated on 999 tokens" in said and str(target) in said
+    said = ran("calibrate", folder, *texts, "--rotation", rotation, "--sparsity", 0.25, "--tokens", 600, "-o", target)
+    assert "calibrated on 1024 tokens in" in said and str(target) in said
     found = Recipe.load(target)
     assert (found.sparsity, len(found.rotations)) == (0.25, bases)
     assert list(tmp_path.iterdir()) == [target]
@@ -122,11 +122,11 @@ def test_explain(folder: Path) -> None:
     recipe = folder / "tiny.larosa.safetensors"
     model, _ = loaded(folder)
     report = larosa_compile.explain(model, recipe=Recipe.load(recipe).with_sparsity(0.4))
-    assert ran("explain", folder, "--recipe", recipe, "--sparsity", 0.4) == f"{report}\n"
     (graph,) = ran_json("explain", folder, "-r", recipe, "--sparsity", 0.4)["graphs"]
     assert graph["bytes_skipped_share"] == report.graphs[0].bytes_skipped_share
     assert [site["kept"] for site in graph["sites"]] == [site.kept for site in report.graphs[0].sites]
-    assert "the plan at nominal sparsity 0.5" in ran("explain", folder)
+    said = ran("explain", folder)
+    assert "the plan at nominal sparsity 0.5" in said and report.graphs[0].sites[0].paths[0].rpartition(".")[0] in said
 
 
 def test_eval_is_the_perplexity_of_the_definition(folder: Path) -> None:
@@ -214,9 +214,9 @@ def test_bench(folder: Path) -> None:
 
 def test_the_script_answers_at_once_and_without_torch(tmp_path: Path) -> None:
     script = Path(sys.executable).with_name("larosa")
-    start = time.process_time_ns(), time.perf_counter()
+    start = time.perf_counter()
     run = subprocess.run([script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert time.perf_counter() - start[1] < 10  # alone 0.2 s; what it must not import takes longer than a second
+    assert time.perf_counter() - start < 10  # alone 0.2 s; what it must not import takes longer than a second
     for command in ("calibrate", "inspect", "generate", "bench", "explain", "eval"):
         assert command in run.stdout
     code = "import sys, larosa_compile.cli.app; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
@@ -224,11 +224,8 @@ def test_the_script_answers_at_once_and_without_torch(tmp_path: Path) -> None:
     assert run.stdout == "set()\n"
 
 
-def test_version_and_completion(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_and_completion() -> None:
     assert ran("--version") == f"larosa {larosa_compile.__version__}\n"
-    monkeypatch.setenv("_LAROSA_COMPLETE", "complete_bash")
-    monkeypatch.setenv("COMP_WORDS", "larosa ca")
-    monkeypatch.setenv("COMP_CWORD", "1")
     environment = os.environ | {"_LAROSA_COMPLETE": "complete_bash", "COMP_WORDS": "larosa ca", "COMP_CWORD": "1"}
     script = Path(sys.executable).with_name("larosa")
     run = subprocess.run([script], env=environment, capture_output=True, text=True, check=False)

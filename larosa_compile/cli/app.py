@@ -89,6 +89,8 @@ def described(error: BaseException) -> str:
     known = _larosa_error(error)
     if known is not None:
         return " ".join(str(known).split())
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename!r}; give a file that can be read or written there"
     said = " ".join(str(error).split())[:200]
     return (
         f"{type(error).__name__}: {said or 'no message'}; this is not expected: run again with "
