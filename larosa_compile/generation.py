@@ -1,5 +1,6 @@
 """Text from a model by transformers' own `generate`, decoded by the compiled sparse graph, and timed."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from larosa_compile.loading import check_positions
 from larosa_compile.recipe import Recipe
 
 WARM_UP_TOKENS = 4
+
+WARM_UP_PROMPT = 16
+"""Tokens in the prompt that is compiled with, at least."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,12 @@ class Generator:
         if not all(prompt.shape[1] for prompt in prompts):
             raise OptionError("a prompt holds no token; give a prompt with at least one word")
         check_positions(model, longest, "the prompt and the new tokens together")
-        self._model, self._tokenizer, self._prompts = model, tokenizer, prompts
+        # The self-check judges the graph by what it is compiled with, and the first tokens of a text are like no
+        # others: their activations are so large in a few features that rounding hides the rest.
+        example = max(prompts, key=lambda prompt: prompt.shape[1])
+        self._warm_up_prompt = example.repeat(1, math.ceil(WARM_UP_PROMPT / example.shape[1]))
+        room = max(longest, self._warm_up_prompt.shape[1] + WARM_UP_TOKENS)
+        self._model, self._tokenizer = model, tokenizer
         self._max_new_tokens = max_new_tokens
         self._arguments: dict[str, Any] = {"do_sample": False, "num_beams": 1, "pad_token_id": _padding(tokenizer)}
         if recipe is None:
@@ -91,7 +100,7 @@ class Generator:
         config._compile_all_devices = True  # transformers compiles `generate` on accelerators only by default
         self._arguments |= {"cache_implementation": "static", "compile_config": config}
         if hasattr(GenerationConfig(), "max_cache_len"):
-            self._arguments["max_cache_len"] = longest
+            self._arguments["max_cache_len"] = room
 
     def warm_up(self) -> float:
         """Generates a few tokens that nobody sees; returns the seconds it took, which is compiling before all.
@@ -100,8 +109,7 @@ class Generator:
             ModelError: transformers did not compile this model's decoding.
         """
         start = time.perf_counter()
-        # a whole prompt: the self-check judges the graph by these inputs, and a token alone is like no other
-        self._generate(self._prompts[0], WARM_UP_TOKENS, min_new_tokens=WARM_UP_TOKENS)
+        self._generate(self._warm_up_prompt, WARM_UP_TOKENS, min_new_tokens=WARM_UP_TOKENS)
         if "compile_config" in self._arguments and not self.compiled_graphs:
             raise ModelError(
                 "transformers did not compile this model's decoding, as it has no cache of a fixed size; "

@@ -34,8 +34,6 @@ def bench(
     loaded = open_model(model, dtype, device)
     check_positions(loaded, context + ROOM, f"--context and {ROOM} tokens behind it together")
     used.attach(loaded)
-    for parameter in loaded.parameters():
-        parameter.requires_grad_(False)
     options: Any = {"recipe": used}
     variants: dict[str, Any] = {
         "torch.compile": torch.compile(loaded),
