@@ -1,5 +1,7 @@
 """One progress bar for everything that takes seconds: on stderr, and only where that is a terminal."""
 
+import sys
+
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,7 +28,8 @@ class RateColumn(ProgressColumn):
 
 def progress_bar(wanted: bool) -> Progress:
     """A progress bar with rate and time left that shows itself if it is wanted and standard error is a terminal."""
-    console = Console(stderr=True)
+    # the stream itself, not whatever `sys.stderr` is later: those who silence others meanwhile replace it
+    console = Console(file=sys.stderr)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -150,14 +150,14 @@ def test_generate_compiles_once_for_prompts_of_all_lengths(folder: Path) -> None
     recipe, prompts = folder / "tiny.larosa.safetensors", [some_text(words, words) for words in (5, 17, 2)]
     counters.clear()
     given = [word for prompt in prompts for word in ("--prompt", prompt)]
-    found = ran_json("generate", folder, "--recipe", recipe, *given, "--max-new-tokens", 200)
+    found = ran_json("generate", folder, "--recipe", recipe, *given, "--max-new-tokens", 67)
     assert counters["stats"]["unique_graphs"] == found["compiled_graphs"] == 1
     assert found["compile_s"] > 0
     for prompt, continuation in zip(prompts, found["continuations"], strict=True):
         assert continuation["prompt"] == prompt
-        assert (continuation["prompt_tokens"], continuation["new_tokens"]) == (len(prompt.split()), 200)
-        assert len(continuation["text"].split()) == 200
-        assert continuation["tokens_per_s"] == pytest.approx(199 / continuation["decode_s"])
+        assert (continuation["prompt_tokens"], continuation["new_tokens"]) == (len(prompt.split()), 67)
+        assert len(continuation["text"].split()) == 67
+        assert continuation["tokens_per_s"] == pytest.approx(66 / continuation["decode_s"])
 
     model, tokenizer = loaded(folder)
     fast = torch.compile(model, backend="larosa", options={"recipe": Recipe.load(recipe)})
@@ -184,6 +184,13 @@ def test_generate_streams_and_tells_speed_apart(tmp_path: Path, chat: bool) -> N
     assert result.stdout.split() == tokenizer.decode(expected[0, ids.shape[1] :]).split()
     assert f"[{ids.shape[1]} tokens of prompt, 9 new; first after " in result.stderr
     assert "tokens/s]" in result.stderr and "not compiled" in result.stderr
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")])
+def test_dtype_and_device(folder: Path, dtype: str, expected: str) -> None:
+    found = ran_json("generate", folder, "--dense", "-p", "w3", "-n", 1, "--dtype", dtype, "--device", "cpu")
+    assert (found["dtype"], found["device"], found["recipe"], found["compile_s"]) == (expected, "cpu", None, None)
+    assert found["continuations"][0]["tokens_per_s"] is None
 
 
 def test_bench(folder: Path) -> None:

@@ -53,7 +53,7 @@ class Commands(TyperGroup):
         except (typer.Exit, typer.Abort, UsageError, BrokenPipeError):
             raise
         except KeyboardInterrupt:
-            complain("interrupted; nothing half-written was left behind")
+            complain("interrupted")
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             if context.params.get("traceback") or os.environ.get(TRACEBACK_VARIABLE, "0") != "0":

@@ -80,7 +80,9 @@ def _calibrate(
     texts = file_texts(paths, tokens) if paths is not None else dataset_texts(dataset or "", tokens)
     tokenizer, loaded = open_tokenizer(name), open_model(name, dtype, device)
     length = min(window_length(loaded, context), tokens)
-    windows = windows_of(texts, tokenizer, length, math.ceil(tokens / length), "what to calibrate on")
+    windows = windows_of(
+        texts, tokenizer, length, math.ceil(tokens / length), "--text" if paths else f"--dataset {dataset!r}"
+    )
     layers: Rotation = int(rotation) if rotation.isdecimal() else rotation  # type: ignore[assignment]
     start = time.perf_counter()
     recipe = larosa_compile.calibrate(

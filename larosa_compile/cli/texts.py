@@ -27,7 +27,7 @@ def file_texts(paths: Sequence[Path], tokens: int) -> list[str]:
     """The text of files, each read no further than `tokens` tokens may need.
 
     Raises:
-        OptionError: one cannot be read, or is no UTF-8.
+        OptionError: one cannot be read, or is no UTF-8, or all are blank.
     """
     texts = []
     for path in paths:
@@ -40,7 +40,7 @@ def file_texts(paths: Sequence[Path], tokens: int) -> list[str]:
             raise OptionError(
                 f"--text {path} is not UTF-8 (byte {error.start}: {error.reason}); give a text file in UTF-8"
             ) from error
-    return texts
+    return _not_blank(texts, "--text")
 
 
 def dataset_texts(spec: str, tokens: int) -> list[str]:
@@ -50,7 +50,7 @@ def dataset_texts(spec: str, tokens: int) -> list[str]:
     split is train, and the column is "text", or the only one that holds text.
 
     Raises:
-        OptionError: there is no such data set, split or column.
+        OptionError: there is no such data set, split or column, or nothing in it.
     """
     name, split, column, *rest = [*spec.split(":"), "", ""]
     if not name or any(rest):
@@ -73,6 +73,12 @@ def dataset_texts(spec: str, tokens: int) -> list[str]:
     # of what the package and the network raise there is no list
     except Exception as error:
         raise OptionError(f"cannot read --dataset {spec!r} ({in_one_line(error)}); {ALLOWED}") from error
+    return _not_blank(texts, f"--dataset {spec!r}")
+
+
+def _not_blank(texts: list[str], source: str) -> list[str]:
+    if not any(text.strip() for text in texts):
+        raise OptionError(f"{source} holds no text; give one of at least two tokens")
     return texts
 
 
@@ -96,7 +102,7 @@ def windows_of(texts: Iterable[str], tokenizer: Tokenizer, context: int, count: 
     """
     windows = list(islice(token_batches(list(texts), tokenizer, context), count))
     if not windows or windows[0].numel() < 2:
-        raise OptionError(f"{source} holds no text to work on; give one of at least two tokens")
+        raise OptionError(f"{source} holds a single token; give a text of at least two tokens")
     return windows
 
 
