@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from larosa_compile.cli.options import Device, Dtype, DtypeOption, Model, existing_files, sparsity_in_range
+from larosa_compile.cli.options import Device, DtypeOption, Model, existing_files, sparsity_in_range
 
 if TYPE_CHECKING:
     from larosa_compile.allocation import Rotation
@@ -57,32 +57,16 @@ def calibrate(
     if (text is None) == (dataset is None):
         given = "neither" if text is None else "both"
         raise typer.BadParameter(f"one of them says what to calibrate on, got {given}", param_hint="--text / --dataset")
-    _calibrate(model, output, text, dataset, sparsity, rotation, tokens, context, dtype, device)
-
-
-def _calibrate(
-    name: str,
-    output: Path,
-    paths: list[Path] | None,
-    dataset: str | None,
-    sparsity: float,
-    rotation: str,
-    tokens: int,
-    context: int | None,
-    dtype: Dtype,
-    device: str | None,
-) -> None:
     import larosa_compile
     from larosa_compile.cli.opening import open_model, open_tokenizer
     from larosa_compile.cli.output import note
     from larosa_compile.cli.texts import dataset_texts, file_texts, window_length, windows_of
 
-    texts = file_texts(paths, tokens) if paths is not None else dataset_texts(dataset or "", tokens)
-    tokenizer, loaded = open_tokenizer(name), open_model(name, dtype, device)
+    texts = dataset_texts(dataset, tokens) if dataset is not None else file_texts(text or [], tokens)
+    tokenizer, loaded = open_tokenizer(model), open_model(model, dtype, device)
     length = min(window_length(loaded, context), tokens)
-    windows = windows_of(
-        texts, tokenizer, length, math.ceil(tokens / length), "--text" if paths else f"--dataset {dataset!r}"
-    )
+    source = "--text" if dataset is None else f"--dataset {dataset!r}"
+    windows = windows_of(texts, tokenizer, length, math.ceil(tokens / length), source)
     layers: Rotation = int(rotation) if rotation.isdecimal() else rotation  # type: ignore[assignment]
     start = time.perf_counter()
     recipe = larosa_compile.calibrate(
