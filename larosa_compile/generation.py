@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel, TextStreamer
+from transformers.utils import logging
 
 from larosa_compile import registry
 from larosa_compile.errors import ModelError, OptionError
 from larosa_compile.loading import check_positions
 from larosa_compile.recipe import Recipe
+from larosa_compile.report import GraphReport
 
 WARM_UP_TOKENS = 4
 
@@ -128,15 +130,19 @@ class Generator:
         return Continuation(prompt.shape[1], len(new), text, first - start, last - first)
 
     @property
-    def compiled_graphs(self) -> int:
-        """How many graphs larosa has compiled of the model."""
-        return len(registry.reports_of(self._model.parameters()))
+    def compiled_graphs(self) -> list[GraphReport]:
+        """What larosa did with each graph that it has compiled of the model."""
+        return registry.reports_of(self._model.parameters())
 
     def _generate(self, prompt: Tensor, tokens: int, **arguments: Any) -> Tensor:
         ids = prompt.to(self._model.device)
-        found: Tensor = self._model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **self._arguments, **arguments
-        )
+        arguments |= self._arguments | {"attention_mask": torch.ones_like(ids), "max_new_tokens": tokens}
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it remarks on sampling options that greedy decoding leaves out
+        try:
+            found: Tensor = self._model.generate(ids, **arguments)  # type: ignore[operator]
+        finally:
+            logging.set_verbosity(verbosity)
         return found
 
 

@@ -173,6 +173,17 @@ def test_a_gguf_file_without_the_extra(folder: Path, monkeypatch: pytest.MonkeyP
     )
 
 
+def test_a_model_that_transformers_does_not_compile(tmp_path: Path) -> None:
+    model = tiny_model("rwkv", num_hidden_layers=2, attention_hidden_size=64, context_length=128)
+    larosa_compile.calibrate(model, [token_ids(1, 16)], progress=False).save(tmp_path / "r")
+    model.save_pretrained(tmp_path)
+    save_tiny_tokenizer(tmp_path)
+    code, line = failing(tmp_path, "generate {} -r {}/r -p w3")
+    torch._dynamo.reset()
+    assert code == 1
+    assert "did not compile this model's decoding" in line and "no cache of a fixed size; run it with --dense" in line
+
+
 OPTIONS: list[tuple[Any, str, str]] = [
     # options of the backend, what was given, what is allowed; to do is to pass that
     ({"sparsty": 0.5}, "'sparsty'", "expected one of 'dump', 'lowering', 'recipe', 'release_originals', 'self_check'"),

@@ -51,7 +51,8 @@ def generate(
         results.append({"prompt": text} | described(found))
         if not as_json:
             note(speed(found))
-    compiled = f"compiled in {warm_up_s:.1f} s" if used else f"not compiled, warmed up in {warm_up_s:.1f} s"
+    graphs = generator.compiled_graphs
+    skipped = graphs[-1].bytes_skipped_share if graphs else 0.0
     if as_json:
         print_json(
             {
@@ -61,12 +62,18 @@ def generate(
                 "dtype": str(loaded.dtype).removeprefix("torch."),
                 "device": str(loaded.device),
                 "compile_s": warm_up_s if used else None,
-                "compiled_graphs": generator.compiled_graphs,
+                "compiled_graphs": len(graphs),
+                "bytes_skipped_share": skipped,
                 "continuations": results,
             }
         )
+    elif used is None:
+        note(f"not compiled, warmed up in {warm_up_s:.1f} s")
     else:
-        note(f"{compiled}; {generator.compiled_graphs} graph(s) for {len(prompts)} prompt(s)")
+        note(
+            f"compiled in {warm_up_s:.1f} s, {len(graphs)} graph(s) for {len(prompts)} prompt(s); "
+            f"{skipped:.1%} of linear weight bytes skipped per token"
+        )
 
 
 def speed(found: "Continuation") -> str:
