@@ -178,7 +178,7 @@ def test_a_model_that_transformers_does_not_compile(tmp_path: Path) -> None:
     larosa_compile.calibrate(model, [token_ids(1, 16)], progress=False).save(tmp_path / "r")
     model.save_pretrained(tmp_path)
     save_tiny_tokenizer(tmp_path)
-    code, line = failing(tmp_path, "generate {} -r {}/r -p w3")
+    code, line = failing(tmp_path, "generate {} -r {}/r -p w3 -n 8")
     torch._dynamo.reset()
     assert code == 1
     assert "did not compile this model's decoding" in line and "no cache of a fixed size; run it with --dense" in line
