@@ -120,7 +120,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def common(
+def larosa(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -132,7 +132,7 @@ def common(
 
 
 app = typer.Typer(name="larosa", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
-app.callback()(common)
+app.callback()(larosa)
 app.command()(calibrate)
 app.command()(inspect)
 app.command()(generate)
