@@ -9,24 +9,20 @@ one would compile llama.cpp, the other is a whole inference engine. Only the fil
 | text/{wiki,c4,code,technical,tiny,multilingual}.utf8 | exllamav3 1.6.5 | MIT; texts: their own |
 """
 
-import contextlib
-import io
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
+from larosa_compile import loading
 from larosa_compile.errors import LarosaError
 
 TEXTS = ("wiki", "c4", "code", "technical", "tiny", "multilingual")
@@ -104,21 +100,11 @@ def load_model(name_or_path: str | os.PathLike[str], dtype: torch.dtype = torch.
 
     Raises:
         MissingAssetError: "smollm2" has not been fetched.
-        FileNotFoundError: the .gguf file does not exist.
+        MissingModelError: there is no such file or folder.
+        ModelError: it cannot be loaded.
     """
-    path = smollm2_path() if name_or_path == "smollm2" else Path(name_or_path)
-    with _quiet():
-        if path.suffix != ".gguf":
-            name = os.fspath(name_or_path)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-            return model.eval(), AutoTokenizer.from_pretrained(name)
-        if not path.is_file():
-            raise FileNotFoundError(f"no GGUF file at {path}")
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
-        )
-        _clear_quantisation_marks(model)
-        return model.eval(), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    source = smollm2_path() if name_or_path == "smollm2" else name_or_path
+    return loading.load_model(source, dtype, "cpu"), loading.load_tokenizer(source)
 
 
 def fetch(package: Package) -> None:
@@ -156,28 +142,6 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise MissingAssetError(f"no {path}; run `make install`, or `python -m benchmarks.assets` alone")
     return path
-
-
-def _clear_quantisation_marks(model: PreTrainedModel) -> None:
-    """Make a dequantised model ordinary: while marked as quantised, transformers refuses to save it."""
-    for name in ("hf_quantizer", "quantization_method"):
-        model.__dict__.pop(name, None)
-    model.__dict__.pop("is_quantized", None)
-    model.config.__dict__.pop("quantization_config", None)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence progress bars, log lines and warnings; exceptions pass."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        # The GGUF reader's bar comes from tqdm itself, which transformers' switch does not reach.
-        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def main() -> None:

@@ -27,7 +27,8 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 from benchmarks import decoding, measure, shapes
-from benchmarks.decoding import GROUPS, ROOM, VARIANTS, Prompt, Subject, Variant
+from benchmarks.decoding import GROUPS, VARIANTS, Subject, Variant
+from larosa_compile.decoding import ROOM, Prompt, compare
 from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import Recipe
 
@@ -96,9 +97,7 @@ def speeds(subject: Subject, context: int, sizes: dict[Variant, int], tokens: in
     with progress_bar(True) as bar:
         task = bar.add_task(f"{subject.name}, context {context}", total=len(forwards) * (rounds + 1))
         prompt = subject.prompts[context]
-        found = decoding.compare(
-            subject.model, forwards, prompt, tokens, rounds, lambda: bar.advance(task), between=between
-        )
+        found = compare(subject.model, forwards, prompt, tokens, rounds, lambda: bar.advance(task), between=between)
     if graphs[0] != graphs[-1]:
         out.print("a graph was compiled while others were timed: these numbers are not to be trusted", style="red")
     gb_per_s = bandwidth.taken().median

@@ -1,12 +1,9 @@
-"""Greedy decoding of one sequence through a static cache: models and the ways to run them, timed token by token."""
+"""Models to decode with and the ways to run them, and where a token's time goes; how it is timed: the package's own."""
 
-import copy
 import gc
-import inspect
 import re
-import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -17,20 +14,15 @@ import torch._inductor.lowering  # imported first: starting from select_algorith
 from torch._inductor import select_algorithm
 from torch._inductor.codecache import PyCodeCache
 from torch.profiler import ProfilerActivity, profile
-from transformers import PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
 
 import larosa_compile
 from benchmarks import assets, shapes
-from benchmarks.measure import Spread
 from larosa_compile.calibration import token_batches
+from larosa_compile.decoding import Forward, Prompt
 from larosa_compile.recipe import Recipe
 
-Forward = Callable[..., Any]
-
 VARIANTS = ("eager", "inductor", "inductor-max", "larosa")
-
-ROOM = 128
-"""Tokens that a cache has room for behind the prompt."""
 
 
 @dataclass(frozen=True)
@@ -134,77 +126,6 @@ def random_ids(model: PreTrainedModel, tokens: int, seed: int) -> torch.Tensor:
     """Token ids `[1, tokens]`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(model.config.vocab_size, (1, tokens), generator=generator)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt that the eager model has read: its length, the cache, and the token `[1, 1]` that comes next."""
-
-    length: int
-    cache: StaticCache
-    token: torch.Tensor
-
-    @classmethod
-    def read_by(cls, model: PreTrainedModel, ids: torch.Tensor) -> "Prompt":
-        """ids: [1, length]."""
-        length = ids.shape[1]
-        cache = StaticCache(config=model.config, max_cache_len=length + ROOM)
-        # all logits of a long prompt would be the largest tensor of the process
-        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        with torch.no_grad():
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True, **last)
-        return cls(length, cache, output.logits[:, -1:].argmax(-1))
-
-    def decode_seconds(self, forward: Forward, tokens: int) -> list[float]:
-        """Seconds of each decoded token; every call starts behind the prompt, with a copy of its cache."""
-        if tokens > ROOM:
-            raise ValueError(f"the cache has room for {ROOM} tokens behind the prompt, got {tokens}")
-        cache, step = copy.deepcopy(self.cache), self.token
-        seconds = []
-        with torch.no_grad():
-            for index in range(tokens):
-                position = torch.tensor([[self.length + index]])
-                start = time.perf_counter()
-                output = forward(input_ids=step, past_key_values=cache, use_cache=True, position_ids=position)
-                step = output.logits[:, -1:].argmax(-1)
-                seconds.append(time.perf_counter() - start)
-        return seconds
-
-
-def decode_seconds(model: PreTrainedModel, forward: Forward, prompt: torch.Tensor, tokens: int) -> list[float]:
-    """Seconds of each decoded token; the prompt `[1, length]` is processed by the eager model and not timed."""
-    return Prompt.read_by(model, prompt).decode_seconds(forward, tokens)
-
-
-def compare(
-    model: PreTrainedModel,
-    variants: dict[str, Forward],
-    prompt: torch.Tensor,
-    tokens: int,
-    rounds: int,
-    done: Callable[[], None] = lambda: None,
-    between: Callable[[], None] = lambda: None,
-) -> dict[str, tuple[float, Spread]]:
-    """Variant -> (seconds to its first tokens, compile included; spread of the seconds per token over all rounds).
-
-    The variants take turns, so that a machine that slows down slows all of them down. `done` is called after every
-    turn, `between` after those that are timed.
-    """
-    read = Prompt.read_by(model, prompt)
-    warm = {}
-    for name, forward in variants.items():
-        start = time.perf_counter()
-        read.decode_seconds(forward, 4)
-        warm[name] = time.perf_counter() - start
-        done()
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, forward in variants.items():
-            # the first token of a turn finds the caches full of the other variant's weights
-            seconds[name] += read.decode_seconds(forward, tokens + 1)[1:]
-            between()
-            done()
-    return {name: (warm[name], Spread.of(values)) for name, values in seconds.items()}
 
 
 SPARSE, DENSE, ATTENTION = "sparse products", "dense products", "attention"

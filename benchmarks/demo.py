@@ -18,8 +18,9 @@ from rich.table import Table
 from transformers import CompileConfig, PreTrainedModel
 
 import larosa_compile
-from benchmarks import assets, decoding, measure
+from benchmarks import assets, measure
 from larosa_compile.calibration import token_batches
+from larosa_compile.decoding import compare
 from larosa_compile.evaluation import next_token_losses, perplexity
 from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import Recipe
@@ -146,7 +147,7 @@ def speeds(name: str, model: PreTrainedModel, recipe: Recipe, prompt: torch.Tens
         variants[variant] = torch.compile(model, backend="larosa", options=options)
     with progress_bar(True) as bar:
         task = bar.add_task("decode", total=len(variants) * (rounds + 1))
-        measured = decoding.compare(model, variants, prompt, 32, rounds, lambda: bar.advance(task))
+        measured = compare(model, variants, prompt, 32, rounds, lambda: bar.advance(task))
 
     context = prompt.shape[1]
     table = Table(title=f"decode, one sequence, greedy, static cache, context {context}, bfloat16")

@@ -19,24 +19,12 @@ from typing import Any
 import torch
 import transformers
 
+from larosa_compile.decoding import Spread
+
 READ_BYTES = 256 * 2**20
 """Larger than any last-level cache this is run on."""
 
 _VECTOR_FLAG = re.compile(r"avx2|avx512\w*|amx\w*|asimd|neon|sve\w*")
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and extremes of repeated measurements of one quantity."""
-
-    median: float
-    minimum: float
-    maximum: float
-    count: int
-
-    @classmethod
-    def of(cls, values: list[float]) -> "Spread":
-        return cls(statistics.median(values), min(values), max(values), len(values))
 
 
 class Bandwidth:

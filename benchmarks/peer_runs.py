@@ -27,7 +27,8 @@ import transformers
 from torch._inductor import config as inductor_config
 
 import larosa_compile
-from benchmarks import assets, decoding
+from benchmarks import assets
+from larosa_compile.decoding import decode_seconds
 from larosa_compile.evaluation import next_token_losses
 
 WARM_UP = 4
@@ -74,7 +75,7 @@ class Torch:
         self._compiled: Any = torch.compile(self._model, **self._arguments)
 
     def decode(self, tokens: int) -> list[float]:
-        return decoding.decode_seconds(self._model, self._compiled, torch.tensor([self._job.prompt]), tokens)
+        return decode_seconds(self._model, self._compiled, torch.tensor([self._job.prompt]), tokens)
 
     def losses(self) -> list[float]:
         # a second shape would make Dynamo compile the first one again, for any shape

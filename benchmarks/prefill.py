@@ -19,8 +19,8 @@ from rich.table import Table
 from transformers import StaticCache
 
 from benchmarks import decoding, measure, shapes
-from benchmarks.decoding import Forward, Subject, Variant
-from benchmarks.measure import Spread
+from benchmarks.decoding import Subject, Variant
+from larosa_compile.decoding import Forward, Spread
 from larosa_compile.progress import progress_bar
 
 out = Console(width=None if sys.stdout.isatty() else 130, highlight=False)

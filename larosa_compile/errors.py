@@ -35,3 +35,11 @@ class StaleRecipeError(LarosaError, RuntimeError):
 
 class InferenceOnlyError(LarosaError, RuntimeError):
     """A gradient was asked for; sparsified graphs are for inference only."""
+
+
+class ModelError(LarosaError, RuntimeError):
+    """A model or its tokenizer cannot be loaded, or cannot do what was asked of it."""
+
+
+class MissingModelError(ModelError, FileNotFoundError):
+    """There is no file or folder of this name to load a model from."""

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks import decode, decoding, kernels, measure, shapes
-from benchmarks.decoding import ATTENTION, DENSE, GENERATED, GROUPS, SPARSE, Prompt, Subject, Variant
+from benchmarks.decoding import ATTENTION, DENSE, GENERATED, GROUPS, SPARSE, Subject, Variant
+from larosa_compile.decoding import Prompt
 from larosa_compile.kernels import reference
 
 TINY = shapes.Shape("llama", 64, 160, 2, 4, 2, 96, True)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import larosa_compile
-from benchmarks import decoding, demo, measure
+from benchmarks import demo, measure
+from larosa_compile import decoding
 from larosa_compile.evaluation import next_token_losses, perplexity
 from tests.support.models import tiny_model, token_ids
 from tests.support.simulation import simulated

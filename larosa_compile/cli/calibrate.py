@@ -1,0 +1,82 @@
+"""`larosa calibrate`."""
+
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from larosa_compile.cli.options import Device, DtypeOption, Model, existing_files, sparsity_in_range
+
+if TYPE_CHECKING:
+    from larosa_compile.allocation import Rotation
+
+
+def _known_rotation(value: str) -> str:
+    if value not in ("layer", "model", "none") and not (value.isdecimal() and int(value) > 0):
+        raise typer.BadParameter(f"it must be layer, model, none or a number of layers from 1 up, got {value!r}")
+    return value
+
+
+def _writable(path: Path) -> Path:
+    if path.is_dir() or not path.parent.is_dir():
+        fault = "is a folder" if path.is_dir() else f"is in {path.parent}, which is no folder"
+        raise typer.BadParameter(f"{path} {fault}; give a file in a folder that exists")
+    return path
+
+
+def calibrate(
+    model: Model,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="RECIPE", callback=_writable, help="File to write.", show_default=False),
+    ],
+    text: Annotated[
+        list[Path] | None, typer.Option("--text", callback=existing_files, help="A text file; may be given again.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option("--dataset", metavar="NAME[:SPLIT[:COLUMN]]", help="A data set on the hub, or a folder."),
+    ] = None,
+    sparsity: Annotated[
+        float, typer.Option("--sparsity", callback=sparsity_in_range, help="Nominal share of activations to drop.")
+    ] = 0.5,
+    rotation: Annotated[
+        str,
+        typer.Option("--rotation", metavar="layer|model|N|none", callback=_known_rotation, help="Layers per basis."),
+    ] = "layer",
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="To calibrate on, in whole windows.")] = 24576,
+    context: Annotated[
+        int | None, typer.Option("--context", min=2, help="Tokens in a window; by default 1024, or all a model takes.")
+    ] = None,
+    dtype: DtypeOption = "auto",
+    device: Device = None,
+) -> None:
+    """Measure a model on some text and write its recipe."""
+    if (text is None) == (dataset is None):
+        given = "neither" if text is None else "both"
+        raise typer.BadParameter(f"one of them says what to calibrate on, got {given}", param_hint="--text / --dataset")
+    import larosa_compile
+    from larosa_compile.cli.opening import open_model, open_tokenizer
+    from larosa_compile.cli.output import note
+    from larosa_compile.cli.texts import dataset_texts, file_texts, window_length, windows_of
+
+    texts = dataset_texts(dataset, tokens) if dataset is not None else file_texts(text or [], tokens)
+    tokenizer, loaded = open_tokenizer(model), open_model(model, dtype, device)
+    length = min(window_length(loaded, context), tokens)
+    source = "--text" if dataset is None else f"--dataset {dataset!r}"
+    windows = windows_of(texts, tokenizer, length, math.ceil(tokens / length), source)
+    layers: Rotation = int(rotation) if rotation.isdecimal() else rotation  # type: ignore[assignment]
+    start = time.perf_counter()
+    recipe = larosa_compile.calibrate(
+        loaded, [window.to(loaded.device) for window in windows], sparsity, rotation=layers
+    )
+    recipe.save(output)
+    measured = sum(window.numel() for window in windows)
+    if measured < tokens:
+        note(f"the text has fewer than {tokens} tokens: calibrated on all {measured}")
+    typer.echo(
+        f"{output}: {recipe}, {output.stat().st_size / 1e6:.1f} MB, "
+        f"calibrated on {measured} tokens in {time.perf_counter() - start:.1f} s"
+    )
