@@ -101,6 +101,7 @@ def test_sparse_perplexity_equals_the_simulation(
     assert abs(found / expected - 1) < 0.005
 
 
+@pytest.mark.slow
 def test_decode_runs_templates_and_repeats_full_recomputation(
     fresh: None, loaded: tuple[PreTrainedModel, Any], recipe: Recipe
 ) -> None:
