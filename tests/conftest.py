@@ -1,18 +1,9 @@
-"""Fixtures that more than one test module uses."""
+"""How the tests run: cores shared between processes, the longest files first."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
-
-from benchmarks import assets
-
-
-@pytest.fixture(scope="session")
-def smollm2_path() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct; an error that says `make install` when it is missing."""
-    return assets.smollm2_path()
 
 
 def pytest_configure() -> None:

@@ -57,7 +57,8 @@ def test_graph_breaks_between_layers(model: PreTrainedModel, calibrated_whole: b
     assert len(reports) > 1
     paths = [path for report in reports for site in report.sites for path in site.paths]
     assert sorted(paths) == sorted(recipe.sites)
-    assert len(recipe.sites) == 14
+    # in parts, no graph has both a stream and the head
+    assert len(recipe.sites) == 14 + calibrated_whole
     assert any(site.read for report in reports for site in report.sites), "nothing is rotated"
 
 
