@@ -26,6 +26,9 @@ TOLERANCES = {torch.float16: (0.5, 2e-2), torch.bfloat16: (0.5, 1e-1)}
 DEFAULT_TOLERANCE = (0.9, 1e-3)
 """Not every row has to agree: where two experts are nearly equal, rounding decides which one a token meets."""
 
+NAMED_SITES = 8
+"""Sites that a warning names; a model may have hundreds."""
+
 _log = logging.getLogger("larosa_compile")
 
 Observer = Callable[[Node, Any], None]
@@ -55,8 +58,14 @@ def find_fault(
     if len(found) == len(expected) and not any(map(_differ, found, expected)):
         return None
     fault = _locate(original, attempt, rewritten, folded, recipe)
-    _log.warning("%s: %s", fault.reason, ", ".join(sorted(fault.sites)) or "the whole graph")
+    _log.warning("%s: %s", fault.reason, _in_a_line(sorted(fault.sites)) or "the whole graph")
     return fault
+
+
+def _in_a_line(sites: list[str]) -> str:
+    """The report names all of them."""
+    more = len(sites) - NAMED_SITES
+    return ", ".join(sites[:NAMED_SITES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _locate(original: Captured, attempt: Captured, rewritten: Rewritten, folded: list[Tensor], recipe: Recipe) -> Fault:
