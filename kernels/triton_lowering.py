@@ -1,0 +1,55 @@
+"""Lowerings of the ops on GPUs.
+
+A row's threshold is made of Inductor's own operations and joins the kernel that makes the row; the product reads it
+with the row and the weight. Nothing waits for the device and no shape depends on data, so CUDA graphs can hold it all.
+"""
+
+import torch
+from torch._inductor import config, ir
+from torch._inductor.lowering import lowerings
+from torch._inductor.runtime.hints import DeviceProperties
+from torch._inductor.select_algorithm import autotune_select_algorithm, realize_inputs
+
+from larosa_compile.kernels import triton_heuristics as heuristics
+from larosa_compile.kernels.triton_templates import append_gemv, dense_product
+from larosa_compile.kernels.triton_threshold import keep_mask, kth_magnitude
+
+aten = torch.ops.aten
+
+
+def sparsify(x: ir.TensorBox, k: int) -> ir.TensorBox:
+    """x [rows, features] with everything outside each row's Top-K set to zero: operations Inductor fuses."""
+    x.realize()  # the bits are those of the value as it is stored
+    kept: ir.TensorBox = lowerings[aten.where.self](keep_mask(x, k), x, lowerings[aten.full.default]([], 0, dtype=x.get_dtype(), device=x.get_device_or_error()))
+    return kept
+
+
+def sparse_gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.TensorBox:
+    """`sparse_linear` of a few rows: [rows, features] times [features, columns], static sizes."""
+    x = ir.ExternKernel.require_contiguous(realize_inputs(x))
+    weight_t = ir.ExternKernel.require_contiguous(realize_inputs(weight_t))
+    features, columns = map(int, weight_t.get_size())
+    rows, dtype, device = int(x.get_size()[0]), x.get_dtype(), x.get_device_or_error()
+    inputs = [x, weight_t]
+    if k < features:
+        inputs.append(realize_inputs(kth_magnitude(x, k)))
+    processors = DeviceProperties.create(device).multi_processor_count
+    configs = heuristics.gemv_configs(features, columns, rows, dtype.itemsize, processors)
+    parts = configs[0].parts
+    summed = dtype if parts == 1 else torch.float32
+    layout = ir.FixedLayout(device, summed, [parts * rows, columns])
+    choices: list[ir.ChoiceCaller] = []
+    tune = config.max_autotune or config.max_autotune_gemm
+    for candidate in configs if tune else configs[:1]:
+        append_gemv(choices, inputs, layout, candidate)
+    if tune and k < features:
+        choices.append(dense_product.bind(inputs, layout, parts=parts, dtype=summed))
+    if len(choices) == 1:
+        product = choices[0].output_node()
+    else:
+        product, _ = autotune_select_algorithm("larosa_sparse_linear", choices, inputs, layout)
+    if parts == 1:
+        return product
+    # in the kernel that reads the result: whoever adds the residual or takes the norm adds the parts first, in order
+    apart = lowerings[aten.view.default](product, [parts, rows, columns])
+    return lowerings[torch.ops.prims.convert_element_type.default](lowerings[aten.sum.dim_IntList](apart, [0]), dtype)
