@@ -10,9 +10,9 @@ LINE_BYTES = 128
 BLOCK_K = 128
 """Weight rows in a tile. Where half of them are read, a program has 8 KiB in flight."""
 
-WARPS = 4
-MIN_PROGRAMS = 2
-"""Programs per processor below which the features are split: 16 KiB in flight where half of each tile is read."""
+WARPS = 8
+MIN_PROGRAMS = 1.5
+"""Programs per processor below which the features are split: 12 KiB in flight where half of each tile is read."""
 
 MAX_PARTS = 4
 """Partial sums that whoever reads the result adds up. Inductor unrolls reductions of fewer than 8 into what reads them."""

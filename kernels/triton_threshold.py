@@ -50,7 +50,9 @@ def kth_magnitude(x: ir.TensorBox, k: int) -> ir.TensorBox:
             reached = _call(aten.ge.Tensor, bits, candidate)
             count = _call(aten.sum.dim_IntList, reached, [1], True, dtype=torch.int32)
             threshold = _call(aten.where.self, _call(aten.ge.Scalar, count, k), candidate, threshold)
-            threshold.realize()  # else each round would spell out all before it
+            if bit % 2:
+                # never: each round would spell out all rounds before it; always: more nodes than Inductor fuses
+                threshold.realize()
     return _call(aten.clamp_max.default, threshold, infinity_bits(x.get_dtype()) + 1)
 
 

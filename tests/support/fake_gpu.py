@@ -186,11 +186,15 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Program:
-    """What Inductor generated for one graph: the wrapper that allocates and launches, and the kernels."""
+    """What Inductor generated for one graph: the wrapper that allocates and launches, and the kernels.
+
+    order: which of the function's inputs each of the graph's is; Dynamo numbers them by their first use.
+    """
 
     wrapper: str
     kernels: tuple[Kernel, ...]
     target: str
+    order: tuple[int, ...]
 
     @property
     def launches(self) -> list[str]:
@@ -201,8 +205,8 @@ class Program:
 
     @property
     def templates(self) -> list[str]:
-        """Names of the launched kernels that are made from a template of this package."""
-        return [name for name in self.launches if "larosa" in name]
+        """Names of the launched kernels that are made from a template."""
+        return [name for name in self.launches if name.startswith("triton_tem_")]
 
 
 _KERNEL = re.compile(r"^(\w+) = async_compile\.triton\('\w+', '''\n(.*?)''', device_str='cuda'\)", re.S | re.M)
@@ -233,6 +237,7 @@ def generate(
     mode = next(value.fake_mode for value in inputs if isinstance(value, FakeTensor))
     inner: Any = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
     wrappers: list[str] = []
+    order: list[int] = []
 
     def keep_code(graph: GraphLowering) -> Any:
         wrapper, _ = graph.codegen()
@@ -240,6 +245,7 @@ def generate(
         return SimpleNamespace(call=lambda *args: None, __file__="")
 
     def generating(module: torch.fx.GraphModule, examples: list[Tensor]) -> Any:
+        order.extend(index for example in examples for index, value in enumerate(inputs) if value is example)
         with (
             fake_gpu(target),
             # what a cache holds was not generated now, and what is generated now must not reach a real run
@@ -258,4 +264,4 @@ def generate(
     with torch.no_grad(), mode, _indexing_without_guard(), contextlib.suppress(_GeneratedError):
         compiled(*inputs)
     (wrapper,) = wrappers
-    return Program(wrapper, tuple(Kernel(*found) for found in _KERNEL.findall(wrapper)), target)
+    return Program(wrapper, tuple(Kernel(*found) for found in _KERNEL.findall(wrapper)), target, tuple(order))
