@@ -189,12 +189,14 @@ class Program:
     """What Inductor generated for one graph: the wrapper that allocates and launches, and the kernels.
 
     order: which of the function's inputs each of the graph's is; Dynamo numbers them by their first use.
+    obstacles: why Inductor would not record the calls in a CUDA graph, where it would not.
     """
 
     wrapper: str
     kernels: tuple[Kernel, ...]
     target: str
     order: tuple[int, ...]
+    obstacles: tuple[str, ...]
 
     @property
     def launches(self) -> list[str]:
@@ -238,10 +240,12 @@ def generate(
     inner: Any = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
     wrappers: list[str] = []
     order: list[int] = []
+    obstacles: list[str] = []
 
     def keep_code(graph: GraphLowering) -> Any:
         wrapper, _ = graph.codegen()
         wrappers.append(wrapper.value)
+        obstacles.extend([graph.disable_cudagraphs_reason] if graph.disable_cudagraphs_reason else [])
         return SimpleNamespace(call=lambda *args: None, __file__="")
 
     def generating(module: torch.fx.GraphModule, examples: list[Tensor]) -> Any:
@@ -264,4 +268,4 @@ def generate(
     with torch.no_grad(), mode, _indexing_without_guard(), contextlib.suppress(_GeneratedError):
         compiled(*inputs)
     (wrapper,) = wrappers
-    return Program(wrapper, tuple(Kernel(*found) for found in _KERNEL.findall(wrapper)), target, tuple(order))
+    return Program(wrapper, tuple(Kernel(*found) for found in _KERNEL.findall(wrapper)), target, tuple(order), tuple(obstacles))

@@ -7,10 +7,14 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy
 import torch
 import triton.language as tl
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.triton_heuristics import GridExpr
+from triton.runtime import interpreter
+
+import larosa_compile.kernels.lowering  # noqa: F401  (registers the ops, and what wrappers call besides kernels)
 
 _SPELLED_OTHERWISE = {"fast_expf": "exp", "fast_dividef": "fdiv"}
 
@@ -29,6 +33,16 @@ class _Heuristics:
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: lambda kernel: kernel
+
+
+def _converted(values: Any, source: Any, target: Any, rounding: object, original: Any = interpreter._convert_float) -> Any:
+    """bfloat16 as hardware converts it: the interpreter's own way truncates, and loses subnormals."""
+    if (source, target) == (tl.bfloat16, tl.float32):
+        return (values.astype(numpy.uint32) << 16).view(numpy.float32)
+    if (source, target) == (tl.float32, tl.bfloat16):
+        rounded = torch.from_numpy(numpy.ascontiguousarray(values)).bfloat16()
+        return rounded.view(torch.int16).numpy().view(numpy.uint16)
+    return original(values, source, target, rounding)
 
 
 class _Kernel:
@@ -92,6 +106,7 @@ def _run(case: dict[str, Any]) -> list[Any]:
 
 
 def main(given: str, result: str) -> None:
+    interpreter._convert_float = _converted
     torch.cuda._DeviceGuard = lambda device: contextlib.nullcontext()  # type: ignore[assignment,misc]
     torch.cuda.set_device = lambda device: None
     torch.save([_run(case) for case in torch.load(given, weights_only=False)], result)
