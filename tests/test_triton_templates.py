@@ -115,7 +115,7 @@ def cases() -> Cases:
     finally:
         clear_preprocessing_fns()
     everything = [case for some in found.values() for case in some]
-    results = interpret([(case.program, case.inputs) for case in everything])
+    results = interpret([(case.program, case.program.arguments(case.inputs)) for case in everything])
     for case, result in zip(everything, results, strict=True):
         case.results = result
     return found

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._dynamo import device_interface
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
+from torch._inductor import output_code
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -114,6 +115,7 @@ def fake_gpu(target: str = "sm_90") -> Iterator[Gpu]:
         (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
         (torch.cuda, "is_tf32_supported", lambda: True),
         (torch.version, "cuda", "13.0"),
+        (torch._C, "_cuda_cudaCachingAllocator_is_enabled", lambda: True),
         # AOTAutograd keeps the state of random numbers
         (torch.cuda, "get_rng_state", lambda device=0: torch.empty(0, dtype=torch.uint8)),
         (torch.cuda, "set_rng_state", lambda state, device=0: None),
@@ -132,7 +134,7 @@ def fake_gpu(target: str = "sm_90") -> Iterator[Gpu]:
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, answer in answers:
-            stack.enter_context(mock.patch.object(owner, name, answer))
+            stack.enter_context(mock.patch.object(owner, name, answer, create=True))
         stack.enter_context(
             mock.patch.dict(device_interface.caching_worker_device_properties, {"cuda": [properties]})
         )
@@ -172,8 +174,14 @@ def _indexed(tensor: Tensor, index: Any) -> Tensor:
     return tensor
 
 
-def _indexing_without_guard() -> contextlib.AbstractContextManager[Any]:
-    return mock.patch.object(torch.Tensor, "__getitem__", _indexed)
+def _copied(tensor: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """`tensor.copy_(source)`, likewise."""
+    copied: Tensor = torch.ops.aten.copy_.default(tensor, source, non_blocking)
+    return copied
+
+
+def _without_device_guards() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.multiple(torch.Tensor, __getitem__=_indexed, copy_=_copied)
 
 
 @dataclass(frozen=True)
@@ -189,19 +197,30 @@ class Program:
     """What Inductor generated for one graph: the wrapper that allocates and launches, and the kernels.
 
     order: which of the function's inputs each of the graph's is; Dynamo numbers them by their first use.
-    obstacles: why Inductor would not record the calls in a CUDA graph, where it would not.
+    obstacles: why Inductor would not record the calls in a CUDA graph; None if it was not asked to.
     """
 
     wrapper: str
     kernels: tuple[Kernel, ...]
     target: str
     order: tuple[int, ...]
-    obstacles: tuple[str, ...]
+    obstacles: tuple[str, ...] | None
+
+    def arguments(self, inputs: Sequence[Any]) -> list[Any]:
+        """The wrapper's arguments for inputs of the function."""
+        return [inputs[index] for index in self.order]
+
+    @property
+    def names(self) -> list[str]:
+        """What the wrapper calls its arguments: the names of the graph's inputs."""
+        found = re.search(r"^ +([\w, ]+?),? = args$", self.wrapper, re.M)
+        assert found
+        return found[1].split(", ")
 
     @property
     def launches(self) -> list[str]:
         """What a call launches, in order: Triton kernels and library calls by name."""
-        body = self.wrapper.partition("def call(self, args)")[2] or self.wrapper.partition("def call(args)")[2]
+        body = _KERNEL.sub("", self.wrapper).partition("def benchmark_compiled_module")[0]
         found = re.findall(r"(\w+)\.run\(|(extern_kernels\.\w+|aten\.\w+(?:\.\w+)?|torch\.ops\.[\w.]+)\(|\.(zero_)\(", body)
         return ["".join(names) for names in found]
 
@@ -218,6 +237,13 @@ def fake_inputs(*tensors: Tensor) -> list[Tensor]:
     """Fake CUDA tensors of the same sizes, strides and dtypes, of one mode."""
     with FakeTensorMode():
         return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") for t in tensors]
+
+
+_CONFIG = {
+    "fx_graph_cache": False,
+    "compile_threads": 1,
+    "joint_graph_constant_folding": False,  # would compute the constants on the device
+}
 
 
 class _GeneratedError(Exception):
@@ -240,22 +266,28 @@ def generate(
     inner: Any = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
     wrappers: list[str] = []
     order: list[int] = []
-    obstacles: list[str] = []
+    obstacles: tuple[str, ...] | None = None
 
     def keep_code(graph: GraphLowering) -> Any:
         wrapper, _ = graph.codegen()
         wrappers.append(wrapper.value)
-        obstacles.extend([graph.disable_cudagraphs_reason] if graph.disable_cudagraphs_reason else [])
         return SimpleNamespace(call=lambda *args: None, __file__="")
+
+    def keep_obstacles(inputs: object, compiled: Any, *rest: object) -> None:
+        nonlocal obstacles
+        obstacles = tuple(reason for reason, *_ in compiled.cudagraph_info.cudagraph_fail_reasons)
 
     def generating(module: torch.fx.GraphModule, examples: list[Tensor]) -> Any:
         order.extend(index for example in examples for index, value in enumerate(inputs) if value is example)
         with (
             fake_gpu(target),
             # what a cache holds was not generated now, and what is generated now must not reach a real run
-            inductor_config.patch({"fx_graph_cache": False, "compile_threads": 1, **(options or {})}),
+            inductor_config.patch({**_CONFIG, **(options or {})}),
             functorch_config.patch(enable_autograd_cache=False),
             mock.patch.object(GraphLowering, "compile_to_module", keep_code),
+            # in the place of what records CUDA graphs
+            mock.patch.object(output_code, "cudagraph_post_compile", keep_obstacles),
+            mock.patch.object(output_code, "cudagraph_partition_post_compile", keep_obstacles),
         ):
             inner(module, examples)
         return stop
@@ -265,7 +297,7 @@ def generate(
 
     torch._dynamo.reset()
     compiled = torch.compile(function, backend=generating, fullgraph=True, **compile_arguments)
-    with torch.no_grad(), mode, _indexing_without_guard(), contextlib.suppress(_GeneratedError):
+    with torch.no_grad(), mode, _without_device_guards(), contextlib.suppress(_GeneratedError):
         compiled(*inputs)
     (wrapper,) = wrappers
-    return Program(wrapper, tuple(Kernel(*found) for found in _KERNEL.findall(wrapper)), target, tuple(order), tuple(obstacles))
+    return Program(wrapper, tuple(Kernel(*found) for found in _KERNEL.findall(wrapper)), target, tuple(order), obstacles)

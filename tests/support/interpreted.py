@@ -19,14 +19,12 @@ _META = ("grid_type", "fixed_grid", "extra_launcher_args", "precomputed_grids", 
 
 
 def interpret(cases: Sequence[tuple[Program, Sequence[Any]]]) -> list[list[Tensor]]:
-    """What each program returns for the inputs of its function, as CPU tensors.
+    """What each program returns for the arguments of its wrapper, CPU tensors; it may write to these.
 
     One process for all: the interpreter has to be asked for before triton is imported, and importing takes longer
     than a small kernel.
     """
-    described = [
-        {**_described(program), "inputs": [inputs[index] for index in program.order]} for program, inputs in cases
-    ]
+    described = [{**_described(program), "inputs": list(arguments)} for program, arguments in cases]
     with tempfile.TemporaryDirectory() as folder:
         given, result = f"{folder}/given.pt", f"{folder}/result.pt"
         torch.save(described, given)
