@@ -35,8 +35,8 @@ def layers(generated: Generated, templates: int) -> list[list[str]]:
     Attention and cache are what stands between the product of q, k and v and the threshold of what o reads.
     """
     launches = generated.program.launches
-    first, *products = [number for number, name in enumerate(launches) if name.startswith("triton_tem_")]
-    products = [first, *products] if templates == 4 else products  # else the first turns the embedding
+    # the first turns the embedding
+    _, *products = [number for number, name in enumerate(launches) if name.startswith("triton_tem_")]
     found = []
     while len(products) >= templates:
         query, output, *_, down = products[:templates]

@@ -77,12 +77,15 @@ def _functions() -> dict[Any, tuple[Callable[..., Any], list[tuple[Tensor, ...]]
     torch.manual_seed(0)
     made: dict[Any, tuple[Callable[..., Any], list[tuple[Tensor, ...]]]] = {}
     product, kept = (lambda k: functools.partial(_product, k=k)), (lambda k: functools.partial(_kept, k=k))
-    long = torch.randn(1, 1500)
+    long = torch.randn(2, 1500)
     for dtype in DTYPES:
         rows, weight_t = torch.cat(list(special_rows(101, dtype).values())), torch.randn(101, 333).to(dtype)
         made["rows", dtype] = product(40), [(pair, weight_t) for pair in rows.split(2)]
         made["all kept", dtype] = product(101), [(rows[:1], weight_t)]
         made["kept", dtype] = kept(40), [(rows,)]
+        both = rows[:1].clone()
+        both[0, 9], both[0, 70] = float("inf"), float("nan")
+        made["one kept", dtype] = kept(1), [(torch.cat([rows, both]),)]
         features = 1100 if dtype is torch.bfloat16 else 1500
         made["parts", dtype] = product(350), [(long[:, :features].to(dtype), torch.randn(features, 70).to(dtype))]
     for dtype in (torch.bfloat16, torch.float32):
@@ -95,6 +98,11 @@ def _functions() -> dict[Any, tuple[Callable[..., Any], list[tuple[Tensor, ...]]
     wide = torch.cat([torch.randn(2, 32768), torch.randint(-9, 9, (1, 32768))]).bfloat16()
     for features in (4096, 32768):
         made["wide", features] = kept(features // 2), [(wide[:, :features].contiguous(),)]
+    few = torch.where(torch.arange(IN) % 3 == 0, x, 0)  # fewer than K: zeros are in its Top-K
+    made["unread"] = (
+        product(K),
+        [(row, torch.where(reference.sparsify(row, K).T == 0, float("nan"), weight_t)) for row in (x, few)],
+    )
     made["many rows"] = product(K), [(torch.randn(3, IN).bfloat16(), weight_t)]
     made["many rows, all kept"] = product(IN), [(torch.randn(3, IN).bfloat16(), weight_t)]
     return made
@@ -128,6 +136,13 @@ def test_rows_that_selection_could_get_wrong(cases: Cases, dtype: torch.dtype) -
         assert_is_product(case.results[0], *case.inputs, 40)
 
 
+def test_rows_of_dropped_inputs_and_of_zeros_are_not_read(cases: Cases) -> None:
+    for case in cases["unread"]:
+        x, weight_t = case.inputs
+        assert weight_t.isnan().any()
+        assert_is_product(case.results[0], x, weight_t.nan_to_num(0.0), K)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_dropped_needs_no_threshold(cases: Cases, dtype: torch.dtype) -> None:
     (case,) = cases["all kept", dtype]
@@ -139,16 +154,17 @@ def test_nothing_dropped_needs_no_threshold(cases: Cases, dtype: torch.dtype) ->
 def test_a_sum_in_parts(cases: Cases, dtype: torch.dtype) -> None:
     """Parts that do not divide the features, an empty one among them, added up in the kernel that reads the result."""
     (case,) = cases["parts", dtype]
-    assert "empty_strided_cuda((4, 70), (70, 1), torch.float32)" in case.program.wrapper
+    assert "empty_strided_cuda((8, 70), (70, 1), torch.float32)" in case.program.wrapper
     assert len(case.program.launches) == 3
     assert_is_product(case.results[0], *case.inputs, 350)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sparsify_is_exactly_the_reference(cases: Cases, dtype: torch.dtype) -> None:
-    (case,) = cases["kept", dtype]
+@pytest.mark.parametrize(("name", "k"), [("kept", 40), ("one kept", 1)])
+def test_sparsify_is_exactly_the_reference(cases: Cases, name: str, k: int, dtype: torch.dtype) -> None:
+    (case,) = cases[name, dtype]
     assert len(case.program.launches) == 1 and not case.program.templates
-    expected = reference.sparsify(case.inputs[0], 40)
+    expected = reference.sparsify(case.inputs[0], k)
     torch.testing.assert_close(case.results[0], expected, rtol=0, atol=0, equal_nan=True)
 
 
