@@ -2,7 +2,8 @@
 
     time = bytes that move / (bandwidth · share) + launches · launch + Σ thresholds
 
-The formula is symbolic (sympy); every assumption is a field with its reason, and is printed with the results.
+The formula is symbolic (sympy); every assumption is a field with its reason, and is printed with the results. Bytes
+are those of weights: activations and partial sums, less than 1 MB a layer, are left out.
 """
 
 import dataclasses
@@ -66,7 +67,9 @@ PUBLISHED = (
     "TEAL (arXiv 2408.14690), Llama-2, Llama-3 and Mistral, batch 1: up to 1.53x to 1.8x at 40 to 50 %",
 )
 
-moved, bandwidth, launches, launch, selection = sympy.symbols("bytes bandwidth launches launch thresholds", positive=True)
+moved, bandwidth, launches, launch, selection = sympy.symbols(
+    "bytes bandwidth launches launch thresholds", positive=True
+)
 TIME = moved / bandwidth + launches * launch + selection
 """Microseconds of a layer beyond attention."""
 
@@ -121,7 +124,7 @@ def dense_terms(shape: Shape, device: Device, assumed: Assumptions) -> Terms:
 
 
 def break_even_share(sparse: Terms, dense: Terms, wanted: float, assumed: Assumptions) -> float:
-    """Share of bandwidth at which the sparse layer is still `wanted` times as fast as the dense one at its own share."""
+    """Share of bandwidth with which the sparse layer is still `wanted` times as fast as the dense one with its own."""
     share = sympy.Symbol("share", positive=True)
     time = TIME.subs({moved: sparse.reading_us * assumed.share, bandwidth: share, launches: sparse.launch_us})
     time = time.subs({launch: 1, selection: sparse.threshold_us})

@@ -178,8 +178,10 @@ def kernel_table(name: str, dtype: str, records: list[dict[str, Any]]) -> Table:
 def layer_table(name: str, records: list[dict[str, Any]]) -> Table:
     first = records[0]
     device = DEVICES[first["target"]].name
-    floor = f"dense: {first['dense_bytes'] / 1e6:.1f} MB, {gpu_model.DENSE_LAUNCHES} launches, {first['dense_model_us']:.1f} us"
-    made = Table(title=f"a {name} layer on {device} by the formula, not timed; {floor}")
+    dense = (
+        f"{first['dense_bytes'] / 1e6:.1f} MB, {gpu_model.DENSE_LAUNCHES} launches, {first['dense_model_us']:.1f} us"
+    )
+    made = Table(title=f"a {name} layer on {device} by the formula, not timed; dense: {dense}")
     columns = ("rotation per", "dropped", "launches", "MB", "reading us", "launch us", "thresholds us", "us", "ratio")
     for column in (*columns, f"share for {WANTED}x"):
         made.add_column(column, justify="right", no_wrap=True)

@@ -23,6 +23,7 @@ from torch._inductor.virtualized import V
 from larosa_compile.kernels import heuristics, ops, triton_heuristics, triton_lowering
 from larosa_compile.kernels.cpp_templates import DotGemvTemplate, RowTemplate, SparseGemvTemplate, SparsifyTemplate
 from larosa_compile.kernels.support import refusal_reason
+from larosa_compile.kernels.triton_threshold import MAX_FEATURES
 
 
 def _output(template: RowTemplate) -> ir.TensorBox:
@@ -40,10 +41,10 @@ def _eager(op: torch._ops.OpOverload, *args: ir.TensorBox | int) -> ir.TensorBox
 
 def _has_templates(x: ir.TensorBox) -> bool:
     """Whether the templates cover this input: its device, its dtype and a static feature count."""
-    return (
-        refusal_reason(x.get_device_or_error(), x.get_dtype()) is None
-        and not has_free_symbols(x.get_size()[1:])
-    )
+    features = x.get_size()[1]
+    if refusal_reason(x.get_device_or_error(), x.get_dtype()) or has_free_symbols([features]):
+        return False
+    return _on_cpu(x) or int(features) <= MAX_FEATURES
 
 
 def _on_cpu(x: ir.TensorBox) -> bool:

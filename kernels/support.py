@@ -4,7 +4,6 @@ import torch
 
 from larosa_compile.kernels.reference import MAGNITUDE_VIEWS
 
-
 DEVICES = ("cpu", "cuda")
 """Types of devices with kernels, as torch names them: AMD's GPUs are "cuda" too."""
 

@@ -15,7 +15,7 @@ MIN_PROGRAMS = 1.5
 """Programs per processor below which the features are split: 12 KiB in flight where half of each tile is read."""
 
 MAX_PARTS = 4
-"""Partial sums that whoever reads the result adds up. Inductor unrolls reductions of fewer than 8 into what reads them."""
+"""Partial sums that whoever reads the result adds up: Inductor unrolls a reduction of fewer than 8 into that kernel."""
 
 MIN_CHUNK = 256
 """Features in a part; fewer would write more partial sums than they read weights."""

@@ -14,42 +14,49 @@ from larosa_compile.kernels import triton_heuristics as heuristics
 from larosa_compile.kernels.triton_templates import append_gemv, dense_product
 from larosa_compile.kernels.triton_threshold import keep_mask, kth_magnitude
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def sparsify(x: ir.TensorBox, k: int) -> ir.TensorBox:
-    """x [rows, features] with everything outside each row's Top-K set to zero: operations Inductor fuses."""
-    x.realize()  # the bits are those of the value as it is stored
-    kept: ir.TensorBox = lowerings[aten.where.self](keep_mask(x, k), x, lowerings[aten.full.default]([], 0, dtype=x.get_dtype(), device=x.get_device_or_error()))
+    """x [rows, features] with everything outside each row's Top-K set to zero, by operations that Inductor fuses."""
+    x.realize()  # every pass over the row reads it
+    zero = lowerings[aten.full.default]([], 0, dtype=x.get_dtype(), device=x.get_device_or_error())
+    kept: ir.TensorBox = lowerings[aten.where.self](keep_mask(x, k), x, zero)
     return kept
 
 
 def sparse_gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.TensorBox:
-    """`sparse_linear` of a few rows: [rows, features] times [features, columns], static sizes."""
-    x = ir.ExternKernel.require_contiguous(realize_inputs(x))
-    weight_t = ir.ExternKernel.require_contiguous(realize_inputs(weight_t))
+    """`sparse_linear` of a few rows: x [rows, in], weight_t [in, out], static sizes; input-major rows are read."""
+    row = ir.ExternKernel.require_contiguous(realize_inputs(x))
+    weight = ir.ExternKernel.require_contiguous(realize_inputs(weight_t))
     features, columns = map(int, weight_t.get_size())
     rows, dtype, device = int(x.get_size()[0]), x.get_dtype(), x.get_device_or_error()
-    inputs = [x, weight_t]
+    inputs: list[ir.IRNode] = [row, weight]
     if k < features:
-        inputs.append(realize_inputs(kth_magnitude(x, k)))
+        inputs.append(realize_inputs(kth_magnitude(row, k)))
     processors = DeviceProperties.create(device).multi_processor_count
+    tune = config.max_autotune or config.max_autotune_gemm
     configs = heuristics.gemv_configs(features, columns, rows, dtype.itemsize, processors)
     parts = configs[0].parts
     summed = dtype if parts == 1 else torch.float32
     layout = ir.FixedLayout(device, summed, [parts * rows, columns])
     choices: list[ir.ChoiceCaller] = []
-    tune = config.max_autotune or config.max_autotune_gemm
     for candidate in configs if tune else configs[:1]:
         append_gemv(choices, inputs, layout, candidate)
     if tune and k < features:
         choices.append(dense_product.bind(inputs, layout, parts=parts, dtype=summed))
-    if len(choices) == 1:
-        product = choices[0].output_node()
-    else:
+    product: ir.TensorBox = choices[0].output_node()
+    if tune:
         product, _ = autotune_select_algorithm("larosa_sparse_linear", choices, inputs, layout)
-    if parts == 1:
-        return product
-    # in the kernel that reads the result: whoever adds the residual or takes the norm adds the parts first, in order
+    return product if parts == 1 else _sum_of_parts(product, parts, rows, columns, dtype)
+
+
+def _sum_of_parts(product: ir.TensorBox, parts: int, rows: int, columns: int, dtype: torch.dtype) -> ir.TensorBox:
+    """[parts * rows, columns] float32 to [rows, columns], added in order by whatever kernel reads the result.
+
+    So a sum in parts needs no further launch, no counter that blocks wait for, and gives the same bits each time.
+    """
     apart = lowerings[aten.view.default](product, [parts, rows, columns])
-    return lowerings[torch.ops.prims.convert_element_type.default](lowerings[aten.sum.dim_IntList](apart, [0]), dtype)
+    total = lowerings[aten.sum.dim_IntList](apart, [0])
+    result: ir.TensorBox = lowerings[prims.convert_element_type.default](total, dtype)
+    return result

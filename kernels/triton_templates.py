@@ -23,9 +23,7 @@ def _grid(out_rows: Any, columns: Any, meta: dict[str, Any], *, cdiv: Callable[.
 sparse_gemv = TritonTemplate(name="larosa_sparse_gemv", grid=_grid, source=SOURCE.read_text(encoding="utf-8"))
 
 
-def append_gemv(
-    choices: list[ir.ChoiceCaller], inputs: list[ir.IRNode], layout: ir.Layout, config: GemvConfig
-) -> None:
+def append_gemv(choices: list[ir.ChoiceCaller], inputs: list[ir.IRNode], layout: ir.Layout, config: GemvConfig) -> None:
     """Appends the template for inputs x [rows, features], weight_t [features, columns], and a threshold or none.
 
     layout: [parts * rows, columns]. threshold: int32 [rows, 1]; without one, nothing is dropped.

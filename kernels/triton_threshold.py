@@ -1,8 +1,8 @@
 """The exact Top-K threshold of a row as Inductor's own operations, which its scheduler fuses with what makes the row.
 
 The k-th largest magnitude is found from its high bits down, two bits a pass over the row: the largest t such that at
-least k entries have magnitude bits >= t. As reductions over the row it joins the kernel of a normalisation or a gate; a template of its own, opaque to the
-scheduler, would be one more launch and one more pass over memory.
+least k entries have magnitude bits >= t. As reductions over the row it joins the kernel of a normalisation or a gate;
+a template of its own, opaque to the scheduler, would be one more launch and one more pass over memory.
 """
 
 from typing import Any
@@ -18,6 +18,8 @@ aten, prims = torch.ops.aten, torch.ops.prims
 COUNT_BITS = 21
 """Of an int64 sum: three counts of features side by side."""
 
+MAX_FEATURES = (1 << COUNT_BITS) - 1
+
 
 def _call(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> ir.TensorBox:
     result: ir.TensorBox = lowerings[op](*args, **kwargs)
@@ -30,14 +32,14 @@ def infinity_bits(dtype: torch.dtype) -> int:
     return int(torch.tensor(float("inf"), dtype=dtype).view(integer))
 
 
-def magnitude_bits(x: ir.TensorBox) -> ir.TensorBox:
+def magnitude_bits(x: ir.IRNode) -> ir.TensorBox:
     """int32, shaped like `x`: integers in the order of |x|."""
     integer, mask = MAGNITUDE_VIEWS[x.get_dtype()]
     bits = _call(prims.convert_element_type.default, _call(aten.view.dtype, x, integer), torch.int32)
     return _call(aten.bitwise_and.Scalar, bits, mask)
 
 
-def kth_magnitude(x: ir.TensorBox, k: int) -> ir.TensorBox:
+def kth_magnitude(x: ir.IRNode, k: int) -> ir.TensorBox:
     """int32 [rows, 1] of x [rows, features]: what the magnitude bits of an entry must reach for it to be kept.
 
     A NaN that was computed may reach memory with other bits than it is compared with here. So where the k-th largest
@@ -66,13 +68,13 @@ def _raised(threshold: ir.TensorBox, bits: ir.TensorBox, k: int, shift: int, can
     counts = _call(aten.sum.dim_IntList, counts, [1], True)
     for candidate in range(candidates):
         count = _call(aten.__rshift__.Scalar, counts, COUNT_BITS * candidate)
-        enough = _call(aten.ge.Scalar, _call(aten.bitwise_and.Scalar, count, (1 << COUNT_BITS) - 1), k)
+        enough = _call(aten.ge.Scalar, _call(aten.bitwise_and.Scalar, count, MAX_FEATURES), k)
         step = _call(aten.mul.Scalar, _call(prims.convert_element_type.default, enough, torch.int32), 1 << shift)
         threshold = _call(aten.add.Tensor, threshold, step)
     threshold.realize()  # or each round would spell out all rounds before it
     return threshold
 
 
-def keep_mask(x: ir.TensorBox, k: int) -> ir.TensorBox:
+def keep_mask(x: ir.IRNode, k: int) -> ir.TensorBox:
     """bool, shaped like x [rows, features]: what `kth_magnitude` keeps."""
     return _call(aten.ge.Tensor, magnitude_bits(x), kth_magnitude(x, k))

@@ -135,9 +135,7 @@ def fake_gpu(target: str = "sm_90") -> Iterator[Gpu]:
     with contextlib.ExitStack() as stack:
         for owner, name, answer in answers:
             stack.enter_context(mock.patch.object(owner, name, answer, create=True))
-        stack.enter_context(
-            mock.patch.dict(device_interface.caching_worker_device_properties, {"cuda": [properties]})
-        )
+        stack.enter_context(mock.patch.dict(device_interface.caching_worker_device_properties, {"cuda": [properties]}))
         before = triton.runtime.driver._active
         triton.runtime.driver.set_active(_CompileOnlyDriver(gpu))
         stack.callback(setattr, triton.runtime.driver, "_active", before)
@@ -221,7 +219,9 @@ class Program:
     def launches(self) -> list[str]:
         """What a call launches, in order: Triton kernels and library calls by name."""
         body = _KERNEL.sub("", self.wrapper).partition("def benchmark_compiled_module")[0]
-        found = re.findall(r"(\w+)\.run\(|(extern_kernels\.\w+|aten\.\w+(?:\.\w+)?|torch\.ops\.[\w.]+)\(|\.(zero_)\(", body)
+        found = re.findall(
+            r"(\w+)\.run\(|(extern_kernels\.\w+|aten\.\w+(?:\.\w+)?|torch\.ops\.[\w.]+)\(|\.(zero_)\(", body
+        )
         return ["".join(names) for names in found]
 
     @property
@@ -300,4 +300,6 @@ def generate(
     with torch.no_grad(), mode, _without_device_guards(), contextlib.suppress(_GeneratedError):
         compiled(*inputs)
     (wrapper,) = wrappers
-    return Program(wrapper, tuple(Kernel(*found) for found in _KERNEL.findall(wrapper)), target, tuple(order), obstacles)
+    return Program(
+        wrapper, tuple(Kernel(*found) for found in _KERNEL.findall(wrapper)), target, tuple(order), obstacles
+    )

@@ -85,8 +85,7 @@ class Generated:
         folded = {node.name: made[spec.key] for node, spec in self.rewritten.folded.items()}
         state = step.state
         return [
-            folded[name] if name in folded else state[self.inputs[name]].detach().clone()
-            for name in self.program.names
+            folded[name] if name in folded else state[self.inputs[name]].detach().clone() for name in self.program.names
         ]
 
 
@@ -100,7 +99,7 @@ def by_recipe(recipe: Recipe) -> Choose:
 
 
 def every_site(sparsity: float = 0.5, rotated: str | None = "layer") -> Choose:
-    """Every linear of every layer; readers of the stream in the basis of their layer ("layer"), of the model, or none."""
+    """Every linear of every layer; what reads the stream in the basis of its layer ("layer"), of the model, or none."""
 
     def choose(captured: Captured) -> tuple[Captured, Mapping[str, SiteChoice]]:
         found = {}
@@ -147,9 +146,7 @@ def _caught(graph: torch.fx.GraphModule, given: list[Any], keep: Any) -> Any:
     return stop
 
 
-def decode_program(
-    step: DecodeStep, choose: Choose, target: str = "sm_90", mode: str | None = None
-) -> Generated:
+def decode_program(step: DecodeStep, choose: Choose, target: str = "sm_90", mode: str | None = None) -> Generated:
     """What the backend generates for `step`; weights may be on the meta device, nothing of them is read.
 
     mode: of torch.compile, e.g. "reduce-overhead".

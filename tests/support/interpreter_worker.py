@@ -35,7 +35,9 @@ class _Heuristics:
         return lambda *args, **kwargs: lambda kernel: kernel
 
 
-def _converted(values: Any, source: Any, target: Any, rounding: object, original: Any = interpreter._convert_float) -> Any:
+def _converted(
+    values: Any, source: Any, target: Any, rounding: object, original: Any = interpreter._convert_float
+) -> Any:
     """bfloat16 as hardware converts it: the interpreter's own way truncates, and loses subnormals."""
     if (source, target) == (tl.bfloat16, tl.float32):
         return (values.astype(numpy.uint32) << 16).view(numpy.float32)

@@ -116,6 +116,4 @@ def _from_gcn(name: str, target: str, warps: int, shared: int, text: str) -> Bin
     registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
     spills = re.search(r"\.vgpr_spill_count:\s+(\d+)", text)
     assert registers and spills
-    return Binary(
-        name, target, warps, int(registers[1]), int(spills[1]), shared, len(_GCN.findall(code)), tuple(found)
-    )
+    return Binary(name, target, warps, int(registers[1]), int(spills[1]), shared, len(_GCN.findall(code)), tuple(found))
