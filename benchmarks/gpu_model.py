@@ -7,7 +7,6 @@ are those of weights: activations and partial sums, less than 1 MB a layer, are 
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
@@ -123,29 +122,17 @@ def dense_terms(shape: Shape, device: Device, assumed: Assumptions) -> Terms:
     return Terms(read, _reading_us(read, device, assumed), DENSE_LAUNCHES * assumed.launch_us, 0.0)
 
 
-def break_even_share(sparse: Terms, dense: Terms, wanted: float, assumed: Assumptions) -> float:
-    """Share of bandwidth with which the sparse layer is still `wanted` times as fast as the dense one with its own."""
+def break_even_share(sparse: Terms, dense: Terms, wanted: float, assumed: Assumptions) -> float | None:
+    """Share of bandwidth with which a sparse layer is still `wanted` times as fast as the dense one with its own.
+
+    None where no bandwidth suffices: launches and thresholds alone take too long.
+    """
     share = sympy.Symbol("share", positive=True)
     time = TIME.subs({moved: sparse.reading_us * assumed.share, bandwidth: share, launches: sparse.launch_us})
     time = time.subs({launch: 1, selection: sparse.threshold_us})
-    (found,) = sympy.solve(sympy.Eq(dense.total_us, wanted * time), share)
-    return float(found)
+    found = sympy.solve(sympy.Eq(dense.total_us, wanted * time), share)
+    return float(found[0]) if found else None
 
 
 def _reading_us(read: int, device: Device, assumed: Assumptions) -> float:
     return read / (device.gb_per_s * 1e3 * assumed.share)
-
-
-def terms_table(terms: Mapping[str, Terms]) -> list[tuple[str, ...]]:
-    """Rows of name, megabytes, and microseconds of every term and of all."""
-    return [
-        (
-            name,
-            f"{term.bytes / 1e6:.1f}",
-            f"{term.reading_us:.1f}",
-            f"{term.launch_us:.1f}",
-            f"{term.threshold_us:.1f}",
-            f"{term.total_us:.1f}",
-        )
-        for name, term in terms.items()
-    ]

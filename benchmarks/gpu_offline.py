@@ -87,7 +87,7 @@ KERNELS = ("norm and threshold", "qkv", "threshold", "o", "norm and threshold", 
 
 def layer_program(shape: Shape, dtype: torch.dtype, adapter: bool, sparsity: float = 0.5) -> Any:
     """The program of a layer and of the norm behind it, generated for an H100."""
-    from tests.support.fake_gpu import fake_inputs, generate
+    from tests.support.gpu_programs import fake_inputs, generate
 
     def empty(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
@@ -196,7 +196,7 @@ def layer_table(name: str, records: list[dict[str, Any]]) -> Table:
             f"{record['threshold_us']:.1f}",
             f"{record['model_us']:.1f}",
             f"{record['ratio']:.2f}x",
-            f"{record['share_for_wanted']:.2f}",
+            "-" if record["share_for_wanted"] is None else f"{record['share_for_wanted']:.2f}",
         )
     return made
 

@@ -37,6 +37,7 @@ def test_what_bandwidth_the_wanted_ratio_needs() -> None:
     dense = gpu_model.dense_terms(EIGHT, H100, assumed)
     sparse = gpu_model.layer_terms(EIGHT, H100, assumed, 8, 0.5)
     share = gpu_model.break_even_share(sparse, dense, 1.6, assumed)
+    assert share is not None and gpu_model.break_even_share(sparse, dense, 10, assumed) is None
     reading = sparse.reading_us * assumed.share / share
     assert dense.total_us / (reading + sparse.launch_us + sparse.threshold_us) == pytest.approx(1.6)
 

@@ -19,7 +19,7 @@ from larosa_compile.passes.pipeline import Rewritten, rewrite
 from larosa_compile.passes.plan import SiteChoice
 from larosa_compile.recipe import Recipe
 from tests.support.decoder import Choice
-from tests.support.fake_gpu import Program, generate
+from tests.support.gpu_programs import Program, generate
 
 
 class DecodeStep(nn.Module):

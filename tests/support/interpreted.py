@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.support import fake_gpu, offline
-from tests.support.fake_gpu import Program
+from tests.support.gpu_programs import Program
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _META = ("grid_type", "fixed_grid", "extra_launcher_args", "precomputed_grids", "combo_grid_meta")

@@ -14,7 +14,8 @@ from torch._inductor.codecache import PyCodeCache
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tests.support.fake_gpu import GPUS, Kernel, Program, fake_gpu
+from tests.support.fake_gpu import GPUS, fake_gpu
+from tests.support.gpu_programs import Kernel, Program
 
 AMD = {"gfx942": (304, 64)}
 """Targets of AMD: processors and threads in a warp (of an MI300X)."""
