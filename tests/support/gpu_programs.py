@@ -14,8 +14,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
+from torch._inductor import compile_fx, output_code
 from torch._inductor import config as inductor_config
-from torch._inductor import output_code
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -116,6 +116,7 @@ _CONFIG = {
     "fx_graph_cache": False,
     "compile_threads": 1,
     "joint_graph_constant_folding": False,  # would compute the constants on the device
+    "shape_padding": False,  # would time products on the device
 }
 
 
@@ -158,6 +159,8 @@ def generate(
             inductor_config.patch({**_CONFIG, **(options or {})}),
             functorch_config.patch(enable_autograd_cache=False),
             mock.patch.object(GraphLowering, "compile_to_module", keep_code),
+            # advice on float32 products, meant for whoever owns the GPU
+            mock.patch.object(compile_fx, "_warn_tf32_disabled", lambda: None),
             # in the place of what records CUDA graphs
             mock.patch.object(output_code, "cudagraph_post_compile", keep_obstacles),
             mock.patch.object(output_code, "cudagraph_partition_post_compile", keep_obstacles),

@@ -52,10 +52,10 @@ def tuner_of(kernel: Kernel) -> Any:
         return getattr(PyCodeCache.load(kernel.source), kernel.name)
 
 
-def binaries(program: Program, target: str) -> Iterator[Binary]:
-    """Every kernel in the configuration it runs with unless it is tuned on a device: the first."""
+def binaries(program: Program, target: str, prefix: str = "") -> Iterator[Binary]:
+    """Kernels whose names begin so, in the configuration they run with unless tuned on a device: the first."""
     with fake_gpu(program.target):
-        for kernel in program.kernels:
+        for kernel in (kernel for kernel in program.kernels if kernel.name.startswith(prefix)):
             yield _compiled(tuner_of(kernel), kernel.name, target)
 
 
