@@ -12,7 +12,7 @@ from torch._inductor.select_algorithm import autotune_select_algorithm, realize_
 
 from larosa_compile.kernels import triton_heuristics as heuristics
 from larosa_compile.kernels.triton_templates import append_gemv, dense_product
-from larosa_compile.kernels.triton_threshold import keep_mask, kth_magnitude
+from larosa_compile.kernels.triton_threshold import keep_mask, kth_magnitude, normal_threshold
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -47,7 +47,13 @@ def sparse_gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.TensorBox
         choices.append(dense_product.bind(inputs, layout, parts=parts, dtype=summed))
     product: ir.TensorBox = choices[0].output_node()
     if tune:
-        product, _ = autotune_select_algorithm("larosa_sparse_linear", choices, inputs, layout)
+        # what Inductor would draw for a threshold keeps any number of entries; its rows are normal
+        drawn = {
+            2: lambda _: torch.full([rows, 1], normal_threshold(features, k, dtype), dtype=torch.int32, device=device)
+        }
+        product, _ = autotune_select_algorithm(
+            "larosa_sparse_linear", choices, inputs, layout, input_gen_fns=drawn if k < features else None
+        )
     return product if parts == 1 else _sum_of_parts(product, parts, rows, columns, dtype)
 
 

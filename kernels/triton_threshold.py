@@ -5,6 +5,7 @@ least k entries have magnitude bits >= t. As reductions over the row it joins th
 a template of its own, opaque to the scheduler, would be one more launch and one more pass over memory.
 """
 
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -30,6 +31,13 @@ def infinity_bits(dtype: torch.dtype) -> int:
     """The magnitude bits of infinity: those of a NaN are larger, all others smaller."""
     integer, _ = MAGNITUDE_VIEWS[dtype]
     return int(torch.tensor(float("inf"), dtype=dtype).view(integer))
+
+
+def normal_threshold(features: int, k: int, dtype: torch.dtype) -> int:
+    """The magnitude bits that about `k` of so many standard normal entries reach."""
+    integer, _ = MAGNITUDE_VIEWS[dtype]
+    magnitude = NormalDist().inv_cdf(1 - k / features / 2)
+    return int(torch.tensor(magnitude, dtype=dtype).view(integer))
 
 
 def magnitude_bits(x: ir.IRNode) -> ir.TensorBox:

@@ -1,7 +1,9 @@
 """How the Triton template splits its work."""
 
 import pytest
+import torch
 
+from larosa_compile.kernels import reference, triton_threshold
 from larosa_compile.kernels import triton_heuristics as heuristics
 from larosa_compile.kernels.heuristics import ceil_div
 
@@ -40,3 +42,14 @@ def test_wide_products_give_every_processor_work(features: int, columns: int) ->
 def test_rows_up_to_which_skipping_reads_less(features: int, k: int, rows: int) -> None:
     assert heuristics.max_gemv_rows(features, k) == rows
     assert rows * k <= features < (rows + 1) * k
+
+
+@pytest.mark.parametrize("dtype", reference.MAGNITUDE_VIEWS)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_what_autotuning_selects_of_normal_rows(share: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    bits = reference.magnitude_bits(torch.randn(10_000).to(dtype))
+    threshold = triton_threshold.normal_threshold(10_000, round(share * 10_000), dtype)
+    kept = int((bits >= threshold).sum())
+    # four standard deviations of a count, and bfloat16's steps of 1/256
+    assert abs(kept - share * 10_000) <= 4 * (10_000 * share * (1 - share)) ** 0.5 + 100
