@@ -20,6 +20,9 @@ MAX_PARTS = 4
 MIN_CHUNK = 256
 """Features in a part; fewer would write more partial sums than they read weights."""
 
+MAX_GRID = 65_535
+"""CUDA's limit on programs along the dimension that rows and parts share."""
+
 
 @dataclass(frozen=True)
 class GemvConfig:
@@ -34,7 +37,7 @@ class GemvConfig:
 
 def max_gemv_rows(features: int, k: int) -> int:
     """Rows up to which reading each row's own `k` weight rows reads no more than reading all weights once."""
-    return max(1, features // k)
+    return min(max(1, features // k), MAX_GRID // MAX_PARTS)
 
 
 def gemv_configs(features: int, columns: int, rows: int, itemsize: int, processors: int) -> list[GemvConfig]:

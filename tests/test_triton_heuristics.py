@@ -44,6 +44,10 @@ def test_rows_up_to_which_skipping_reads_less(features: int, k: int, rows: int) 
     assert rows * k <= features < (rows + 1) * k
 
 
+def test_no_more_rows_than_a_grid_has() -> None:
+    assert heuristics.max_gemv_rows(2**20, 1) * heuristics.MAX_PARTS <= 65_535
+
+
 @pytest.mark.parametrize("dtype", reference.MAGNITUDE_VIEWS)
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_what_autotuning_selects_of_normal_rows(share: float, dtype: torch.dtype) -> None:
