@@ -4,6 +4,9 @@ sparse_linear, CPU, a few rows  -> SparseGemvTemplate, which never reads a weigh
                   , one row     -> DotGemvTemplate where nothing is dropped and the weight is stored output-major
                   , more rows   -> SparsifyTemplate, then Inductor's own mm over the same weight
 sparsify, CPU                   -> SparsifyTemplate
+sparse_linear, GPU, a few rows  -> a threshold fused into what makes x, then the Triton template
+                  , more rows   -> sparsify, then Inductor's own mm over the same weight
+sparsify, GPU                   -> a threshold and a selection, fused into what makes x
 any other device or dtype       -> the eager op
 """
 
@@ -16,9 +19,10 @@ from torch._inductor.select_algorithm import realize_inputs
 from torch._inductor.utils import has_free_symbols, parallel_num_threads
 from torch._inductor.virtualized import V
 
-from larosa_compile.kernels import heuristics, ops
+from larosa_compile.kernels import heuristics, ops, triton_heuristics, triton_lowering
 from larosa_compile.kernels.cpp_templates import DotGemvTemplate, RowTemplate, SparseGemvTemplate, SparsifyTemplate
-from larosa_compile.kernels.reference import MAGNITUDE_VIEWS
+from larosa_compile.kernels.support import refusal_reason
+from larosa_compile.kernels.triton_threshold import MAX_FEATURES
 
 
 def _output(template: RowTemplate) -> ir.TensorBox:
@@ -35,21 +39,28 @@ def _eager(op: torch._ops.OpOverload, *args: ir.TensorBox | int) -> ir.TensorBox
 
 
 def _has_templates(x: ir.TensorBox) -> bool:
-    """Whether the C++ templates cover this input: its device, its dtype and a static feature count."""
-    return (
-        x.get_device_or_error().type == "cpu"
-        and x.get_dtype() in MAGNITUDE_VIEWS
-        and not has_free_symbols(x.get_size()[1:])
-    )
+    """Whether the templates cover this input: its device, its dtype and a static feature count."""
+    features = x.get_size()[1]
+    if refusal_reason(x.get_device_or_error(), x.get_dtype()) or has_free_symbols([features]):
+        return False
+    return _on_cpu(x) or int(features) <= MAX_FEATURES
+
+
+def _on_cpu(x: ir.TensorBox) -> bool:
+    return x.get_device_or_error().type == "cpu"
 
 
 def _sparsify_rows(x: ir.TensorBox, k: int) -> ir.TensorBox:
+    if not _on_cpu(x):
+        return triton_lowering.sparsify(x, k)
     x = realize_inputs(x)
     layout = ir.FixedLayout(x.get_device_or_error(), x.get_dtype(), list(x.get_size()))
     return _output(SparsifyTemplate([x], layout, parallel_num_threads(), k))
 
 
 def _gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.TensorBox:
+    if not _on_cpu(x):
+        return triton_lowering.sparse_gemv(x, weight_t, k)
     x, weight_t = realize_inputs(x), realize_inputs(weight_t)
     features, columns = map(int, weight_t.get_size())
     rows = int(x.get_size()[0])
@@ -62,9 +73,14 @@ def _gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.TensorBox:
     return _output(SparseGemvTemplate([x, weight], layout, threads, k))
 
 
-def _has_few_rows(x: ir.TensorBox) -> bool:
-    rows = x.get_size()[0]
-    return not has_free_symbols([rows]) and int(rows) <= heuristics.MAX_GEMV_ROWS
+def _has_few_rows(x: ir.TensorBox, k: int) -> bool:
+    """Whether a product of these rows has a kernel that skips weights, and is better off with it."""
+    rows, features = x.get_size()
+    if has_free_symbols([rows]):
+        return False
+    if _on_cpu(x):
+        return int(rows) <= heuristics.MAX_GEMV_ROWS
+    return int(rows) <= triton_heuristics.max_gemv_rows(int(features), k)
 
 
 def _is_output_major(weight_t: ir.TensorBox) -> bool:
@@ -85,7 +101,7 @@ def lower_sparse_linear(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.T
     features = V.graph.sizevars.check_equals_and_simplify(x.get_size()[1], weight_t.get_size()[0])
     if not _has_templates(x) or has_free_symbols(weight_t.get_size()):
         return _eager(ops.sparse_linear, x, weight_t, k)
-    if _has_few_rows(x):
+    if _has_few_rows(x, k):
         return _gemv(x, weight_t, k)
     kept = x if k == features else _sparsify_rows(x, k)
     product: ir.TensorBox = lowerings[torch.ops.aten.mm.default](kept, weight_t)

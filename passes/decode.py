@@ -34,6 +34,8 @@ def _stream_weight(editor: GraphEditor, node: Node) -> None:
     fake, stored = value(node), value(weight)
     if fake is None or stored is None or node.kwargs or refusal_reason(fake.device, fake.dtype):
         return
+    if fake.device.type != "cpu":
+        return  # on a GPU such products are left to its library
     features = stored.shape[0]
     if not isinstance(fake.shape[0], int) or fake.shape[0] != 1 or stored.stride() != (1, features):
         return
