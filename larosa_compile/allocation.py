@@ -1,6 +1,7 @@
 """Which sites a recipe has, how much each drops, and which of them share a basis. From structure alone."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from larosa_compile.errors import OptionError
@@ -9,8 +10,15 @@ from larosa_compile.passes.linears import ActivationGroup, Linear
 from larosa_compile.passes.plan import HEAD
 from larosa_compile.recipe import MAX_SPARSITY, SiteRecipe
 
-Rotation = Literal["layer", "model", "none"] | int
-"""How many layers share a basis: one each, all, that many; "none" leaves every activation in its own basis."""
+Rotation = Literal["auto", "layer", "model", "none"] | int
+"""How many layers share a basis: one each, all, that many; "auto" as few as `MAX_ADAPTER_SHARE` allows; "none" leaves
+every activation in its own basis."""
+
+MAX_ADAPTER_SHARE = 0.05
+"""What residual adapters may add to the weight bytes that a decode step reads inside blocks, where "auto" decides.
+
+Each basis more fits its layers better, and costs an adapter of features² weights, which is read whole.
+"""
 
 MIN_OUTPUTS_PER_FEATURE = 16
 """A linear with fewer outputs than a sixteenth of its inputs keeps all of them."""
@@ -49,8 +57,7 @@ def allocate(
     Raises:
         OptionError: `rotation` is none of the allowed values.
     """
-    bases = _bases(facts, rotation)
-    sites = {}
+    sites, kept_bytes = {}, 0.0
     for group in facts.groups:
         for linear in group.linears:
             kind = _kind(linear, group, facts)
@@ -58,7 +65,13 @@ def allocate(
                 continue
             coefficient = 0.0 if _is_negligible(linear) else coefficients.by_kind[kind]
             dropped = min(coefficient * sparsity, MAX_SPARSITY)
-            sites[linear.path] = SiteRecipe(dropped, coefficient, bases.get(group.name), kind)
+            sites[linear.path] = SiteRecipe(dropped, coefficient, None, kind)
+            kept_bytes += 0.0 if kind == HEAD else (1 - dropped) * linear.weight_bytes
+    bases = _bases(facts, rotation, kept_bytes)
+    for group in facts.groups:
+        for linear in group.linears:
+            if group.name in bases and linear.path in sites:
+                sites[linear.path] = replace(sites[linear.path], basis=bases[group.name])
     return sites
 
 
@@ -82,8 +95,8 @@ def _is_negligible(linear: Linear) -> bool:
     return linear.out_features * MIN_OUTPUTS_PER_FEATURE <= linear.in_features
 
 
-def _bases(facts: GraphFacts, rotation: Rotation) -> dict[str, str]:
-    """Group name -> basis name."""
+def _bases(facts: GraphFacts, rotation: Rotation, kept_bytes: float) -> dict[str, str]:
+    """Group name -> basis name. kept_bytes: what a decode step reads of the weights inside blocks."""
     check_rotation(rotation)
     if rotation == "none":
         return {}
@@ -91,7 +104,14 @@ def _bases(facts: GraphFacts, rotation: Rotation) -> dict[str, str]:
     for stream in facts.streams:
         feeding = [[reader for reader in layer if not _is_head(reader.group, facts)] for layer in stream.layers()]
         layers = [layer for layer in feeding if layer]
-        per_basis = _layers_per_basis(rotation, len(layers))
+        per_basis = len(layers)
+        if isinstance(rotation, int):
+            per_basis = rotation
+        elif rotation == "layer":
+            per_basis = 1
+        elif rotation == "auto":
+            adapter = stream.features**2 * facts.linears[0].itemsize
+            per_basis = min(len(layers), math.ceil(adapter * len(layers) / (MAX_ADAPTER_SHARE * kept_bytes)))
         for start in range(0, len(layers), per_basis):
             sharing = [reader.group.name for layer in layers[start : start + per_basis] for reader in layer]
             bases |= dict.fromkeys(sharing, _basis_name(sharing[0]))
@@ -116,13 +136,7 @@ def check_rotation(rotation: object) -> None:
     """
     if isinstance(rotation, int) and not isinstance(rotation, bool) and rotation >= 1:
         return
-    if rotation not in ("layer", "model", "none"):
+    if rotation not in ("auto", "layer", "model", "none"):
         raise OptionError(
-            f"rotation must be 'layer', 'model', 'none' or a number of layers from 1 up, got {rotation!r}"
+            f"rotation must be 'auto', 'layer', 'model', 'none' or a number of layers from 1 up, got {rotation!r}"
         )
-
-
-def _layers_per_basis(rotation: Rotation, layers: int) -> int:
-    if rotation == "layer":
-        return 1
-    return rotation if isinstance(rotation, int) else layers

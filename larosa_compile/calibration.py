@@ -53,7 +53,8 @@ def calibrate(
         sparsity: nominal share of activations to drop, in [0, 1).
         tokenizer: turns texts into token ids; needed for texts only.
         context: window length for texts, in tokens.
-        rotation: "layer" (the paper's: one basis a layer), "model", a number of layers a basis, or "none".
+        rotation: "layer" (the paper's: one basis a layer), "model", a number of layers a basis, "none", or "auto": as
+            few layers a basis as keep residual adapters below 5 % of the weight bytes read inside blocks.
         coefficients: site sparsity per unit of nominal sparsity by kind; the paper's values by default.
         search: held-out batches to choose the coefficients on instead (paper: Algorithm 1, one pair per kind).
         progress: show a progress bar on a terminal.

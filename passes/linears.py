@@ -40,6 +40,11 @@ class Linear:
         return self.weight.path
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the dtype that the product computes in."""
+        return int(self.product.meta["val"].dtype.itemsize)
+
+    @property
     def is_parameter_transposed(self) -> bool:
         """Whether the weight is its parameter, [out_features, in_features], turned and nothing else."""
         steps = self.weight.steps
@@ -48,7 +53,7 @@ class Linear:
     @property
     def weight_bytes(self) -> int:
         """Bytes that one product reads, in the dtype it computes in: of a stack, at most one weight a row."""
-        dense = self.in_features * self.out_features * int(self.product.meta["val"].dtype.itemsize)
+        dense = self.in_features * self.out_features * self.itemsize
         tokens = rows(self.activation)
         return dense * (min(self.experts, tokens) if isinstance(tokens, int) else self.experts)
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from larosa_compile.allocation import Coefficients, allocate
+from larosa_compile.allocation import MAX_ADAPTER_SHARE, Coefficients, allocate
 from larosa_compile.errors import OptionError
 from larosa_compile.passes.analysis import GraphFacts, analyse
 from larosa_compile.recipe import MAX_SPARSITY
@@ -105,8 +105,22 @@ def test_bases_are_shared_by_runs_of_layers(facts: GraphFacts, rotation: Any, ow
         assert {sites[f"layers.{layer}.{name}.weight"].basis for name in READERS} == {expected}
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_auto_has_as_many_bases_as_adapters_may_cost(sparsity: float) -> None:
+    found = analyse(capture_graph(Decoder(layers=12), ids(1, 6)).graph)
+    sites = allocate(found, sparsity, COEFFICIENTS, "auto")
+    bases = [sites[f"layers.{layer}.q.weight"].basis for layer in range(12)]
+    (together, *others) = (bases.count(basis) for basis in dict.fromkeys(bases))
+    assert all(count == together for count in others[:-1]) and 1 < together < 12
+    kept = sum(
+        (1 - sites[linear.path].sparsity) * linear.weight_bytes for linear in found.linears if linear.path in sites
+    )
+    adapter, layer = 4 * FEATURES**2, kept / 12
+    assert adapter / (together * layer) <= MAX_ADAPTER_SHARE < adapter / ((together - 1) * layer)
+
+
 @pytest.mark.parametrize("rotation", ["layers", "", 0, -1, 1.5, True, None])
 def test_a_wrong_rotation_is_refused_with_what_is_allowed(facts: GraphFacts, rotation: Any) -> None:
-    says = f"'layer', 'model', 'none' or a number of layers from 1 up, got {rotation!r}"
+    says = f"'auto', 'layer', 'model', 'none' or a number of layers from 1 up, got {rotation!r}"
     with pytest.raises(OptionError, match=says):
         allocate(facts, 0.5, COEFFICIENTS, rotation)

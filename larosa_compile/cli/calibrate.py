@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def _known_rotation(value: str) -> str:
-    if value not in ("layer", "model", "none") and not (value.isdecimal() and int(value) > 0):
-        raise typer.BadParameter(f"it must be layer, model, none or a number of layers from 1 up, got {value!r}")
+    if value not in ("auto", "layer", "model", "none") and not (value.isdecimal() and int(value) > 0):
+        raise typer.BadParameter(f"it must be auto, layer, model, none or a number of layers from 1 up, got {value!r}")
     return value
 
 
@@ -44,7 +44,9 @@ def calibrate(
     ] = 0.5,
     rotation: Annotated[
         str,
-        typer.Option("--rotation", metavar="layer|model|N|none", callback=_known_rotation, help="Layers per basis."),
+        typer.Option(
+            "--rotation", metavar="auto|layer|model|N|none", callback=_known_rotation, help="Layers per basis."
+        ),
     ] = "layer",
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="To calibrate on, in whole windows.")] = 24576,
     context: Annotated[
