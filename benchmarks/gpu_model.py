@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import sympy
 
 from benchmarks.shapes import SHAPES, Shape
+from larosa_compile.allocation import fewest_sharing
 
 GPU_SHAPES = {name: SHAPES[name] for name in ("llama-7b", "llama-8b")} | {
     "llama-70b": Shape("llama", 8192, 28672, 80, 64, 8, 128256, False)
@@ -90,11 +91,20 @@ class Terms:
         return float(value)
 
 
-def weight_bytes(shape: Shape, skipped: float, adapter: bool = False, itemsize: int = 2) -> int:
-    """Bytes of weight that a layer reads when every product skips this share of its rows; the adapter skips none."""
+def weight_bytes(shape: Shape, skipped: float, adapters: float = 0, itemsize: int = 2) -> int:
+    """Bytes of weight that a layer reads when every product skips this share of its rows; adapters skip none.
+
+    adapters: per layer, a fraction where layers share a basis.
+    """
     products = sum(rows * columns for rows, columns in shape.products.values())
-    kept = round(products * (1 - skipped)) + (shape.hidden**2 if adapter else 0)
-    return kept * itemsize
+    return round(products * (1 - skipped) + shape.hidden**2 * adapters) * itemsize
+
+
+def adapters_per_layer(shape: Shape, skipped: float, rotation: str) -> float:
+    """For rotation "layer", "model", or "auto", by the rule that calibration has."""
+    if rotation == "auto":
+        return 1 / fewest_sharing(2 * shape.hidden**2, weight_bytes(shape, skipped))
+    return {"layer": 1.0, "model": 0.0}[rotation]
 
 
 def threshold_us(features: int, device: Device, assumed: Assumptions) -> float:
@@ -104,10 +114,10 @@ def threshold_us(features: int, device: Device, assumed: Assumptions) -> float:
 
 
 def layer_terms(
-    shape: Shape, device: Device, assumed: Assumptions, launches_per_layer: int, skipped: float, adapter: bool = False
+    shape: Shape, device: Device, assumed: Assumptions, launches_per_layer: float, skipped: float, adapters: float = 0
 ) -> Terms:
     """A sparse layer; at `skipped` 0 the same kernels with nothing dropped."""
-    read = weight_bytes(shape, skipped, adapter)
+    read = weight_bytes(shape, skipped, adapters)
     selected = sum(threshold_us(rows, device, assumed) for rows, _ in shape.products.values()) if skipped else 0.0
     return Terms(read, _reading_us(read, device, assumed), launches_per_layer * assumed.launch_us, selected)
 

@@ -139,12 +139,14 @@ def layer_records(name: str, compiled: list[dict[str, Any]], targets: Sequence[s
     for target in targets:
         device = DEVICES[target]
         dense = gpu_model.dense_terms(shape, device, assumed)
-        for rotation, launches in (("model", without), ("layer", with_adapter)):
+        for rotation in ("model", "auto", "layer"):
             for sparsity in SPARSITIES:
-                terms = gpu_model.layer_terms(shape, device, assumed, launches, sparsity, rotation == "layer")
+                adapters = gpu_model.adapters_per_layer(shape, sparsity, rotation)
+                launches = without + adapters * (with_adapter - without)
+                terms = gpu_model.layer_terms(shape, device, assumed, launches, sparsity, adapters)
                 records.append(
                     {
-                        "template": f"layer, rotation per {rotation}",
+                        "template": f"layer, rotation {rotation}",
                         "target": target,
                         "dtype": "bf16",
                         "shape": name,
@@ -182,14 +184,14 @@ def layer_table(name: str, records: list[dict[str, Any]]) -> Table:
         f"{first['dense_bytes'] / 1e6:.1f} MB, {gpu_model.DENSE_LAUNCHES} launches, {first['dense_model_us']:.1f} us"
     )
     made = Table(title=f"a {name} layer on {device} by the formula, not timed; dense: {dense}")
-    columns = ("rotation per", "dropped", "launches", "MB", "reading us", "launch us", "thresholds us", "us", "ratio")
+    columns = ("rotation", "dropped", "launches", "MB", "reading us", "launch us", "thresholds us", "us", "ratio")
     for column in (*columns, f"share for {WANTED}x"):
         made.add_column(column, justify="right", no_wrap=True)
     for record in records:
         made.add_row(
             record["template"].split()[-1],
             f"{record['sparsity']:.0%}",
-            str(record["launches_per_layer"]),
+            f"{record['launches_per_layer']:.3g}",
             f"{record['bytes'] / 1e6:.1f}",
             f"{record['reading_us']:.1f}",
             f"{record['launch_us']:.1f}",

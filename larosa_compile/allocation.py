@@ -109,14 +109,19 @@ def _bases(facts: GraphFacts, rotation: Rotation, kept_bytes: float) -> dict[str
             per_basis = rotation
         elif rotation == "layer":
             per_basis = 1
-        elif rotation == "auto":
+        elif rotation == "auto" and layers:
             adapter = stream.features**2 * facts.linears[0].itemsize
-            per_basis = min(len(layers), math.ceil(adapter * len(layers) / (MAX_ADAPTER_SHARE * kept_bytes)))
+            per_basis = min(len(layers), fewest_sharing(adapter, kept_bytes / len(layers)))
         for start in range(0, len(layers), per_basis):
             sharing = [reader.group.name for layer in layers[start : start + per_basis] for reader in layer]
             bases |= dict.fromkeys(sharing, _basis_name(sharing[0]))
     heads = [group.name for group in facts.groups if _is_head(group, facts) and _is_worth_a_rotation(group)]
     return bases | {head: _basis_name(head) for head in heads}
+
+
+def fewest_sharing(adapter_bytes: float, layer_bytes: float) -> int:
+    """Layers that share a basis under "auto": bytes of an adapter, and of what a decode step reads in a layer."""
+    return max(1, math.ceil(adapter_bytes / (MAX_ADAPTER_SHARE * layer_bytes)))
 
 
 def _is_worth_a_rotation(group: ActivationGroup) -> bool:
