@@ -49,7 +49,7 @@ def main() -> None:
         return float(do_bench(call, return_mode="median"))
 
     device = torch.device("cuda")
-    meta = measure.kernel_machine() | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    meta = measure.machine() | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     with torch.no_grad():
         check(device)
         meta["gpu_bandwidth_gb_s"] = bandwidth_gb_s(device, bench)

@@ -39,7 +39,7 @@ def main() -> None:
     arguments = parsed(sys.argv[1:])
     if importlib.util.find_spec("triton") is None:
         sys.exit("benchmarks.gpu_offline needs Triton: pip install 'larosa-compile[dev]'")
-    meta = measure.kernel_machine() | {"timed": "no GPU was timed", "assumptions": Assumptions().lines()}
+    meta = measure.machine() | {"timed": "no GPU was timed", "assumptions": Assumptions().lines()}
     out.print("No GPU was timed: machine code is compiled and read, times are a formula's.")
     out.print(f"time = {gpu_model.TIME} per layer, with {'; '.join(Assumptions().lines())}")
     for name, device in DEVICES.items():
