@@ -168,7 +168,7 @@ def _changes(
         if node in products and set(users) == seeing and users:
             place = Place.WEIGHT
         elif parameter_expression(node, graph) is not None and (
-            not _is_larger_than_a_rotation(node) or tables.keys() >= set(users)
+            not _is_larger_than_a_rotation(node) or (users and all(user in tables for user in users))
         ):
             place = Place.PARAMETER
         elif users and all((node, user) in folding_away for user in users):

@@ -21,7 +21,10 @@ class Halves:
     @classmethod
     @contextlib.contextmanager
     def where_they_pay(cls, weight: torch.Tensor, dtype: torch.dtype) -> Iterator[Self]:
-        """Within the context float32 products may be computed in bfloat16, if the processor has instructions for it."""
+        """Within the context float32 products may be computed in bfloat16, if the processor has instructions for it.
+
+        torch has this as one switch for the process: other threads' products are meanwhile rounded like that, too.
+        """
         split = weight.dtype == dtype == torch.bfloat16 and weight.device.type == "cpu" and _multiplies_bfloat16()
         backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         before = backend.fp32_precision
