@@ -7,9 +7,7 @@ same run.
 
 import argparse
 import functools
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
 
 import larosa_compile
 import larosa_compile.kernels.lowering
 from benchmarks import measure, shapes
-from benchmarks.decoding import random_ids
+from benchmarks.decoding import Variant, random_ids
 from larosa_compile.backend import larosa
+from larosa_compile.decoding import compare
 from larosa_compile.kernels import ops, reference
 from larosa_compile.passes.plan import kept_features
 
@@ -32,6 +31,9 @@ NO_GPU = "no GPU: benchmarks.gpu measures on one; benchmarks.gpu_offline compile
 SPARSITIES = (0.0, 0.25, 0.4, 0.5, 0.75)
 READ_BYTES = 2**30
 """Larger than any GPU's cache by far."""
+
+CONTEXT = 64
+"""Tokens of the prompt."""
 
 Bench = Callable[[Callable[[], object]], float]
 """Median milliseconds of a call."""
@@ -151,39 +153,20 @@ def variants_of(model: PreTrainedModel, device: torch.device, mode: str | None) 
 def decode_records(
     model: PreTrainedModel, variants: dict[tuple[str, float], Any], device: torch.device, tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """Tokens per second of variants that take turns."""
-    seconds: dict[tuple[str, float], list[float]] = {key: [] for key in variants}
-    for turn in range(rounds + 1):
-        for key, forward in variants.items():
-            taken = decode_seconds(model, forward, device, tokens)
-            seconds[key] += [taken] if turn else []  # the first turn compiles
+    """Tokens per second of variants that take turns; the median leaves out tokens that record a CUDA graph."""
+    labelled = {str(Variant(*key)): forward for key, forward in variants.items()}
+    found = compare(model, labelled, random_ids(model, CONTEXT, seed=2).to(device), tokens, rounds)
+    spreads = {key: found[str(Variant(*key))][1] for key in variants}
     return [
         {
             "variant": name,
             "sparsity": sparsity,
-            "tokens_per_s": tokens / statistics.median(taken),
-            "spread": [tokens / max(taken), tokens / min(taken)],
+            "tokens_per_s": 1 / spread.median,
+            "spread": [1 / spread.maximum, 1 / spread.minimum],
             "layers": model.config.num_hidden_layers,
         }
-        for (name, sparsity), taken in seconds.items()
+        for (name, sparsity), spread in spreads.items()
     ]
-
-
-def decode_seconds(model: PreTrainedModel, forward: Any, device: torch.device, tokens: int, context: int = 64) -> float:
-    """Seconds for so many tokens behind a prompt that the eager model reads."""
-    cache = StaticCache(config=model.config, max_cache_len=context + tokens + 8)
-    ids = random_ids(model, context, seed=2).to(device)
-    step = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-    start = 0.0
-    for index in range(tokens + 8):
-        if index == 8:  # warm by now, CUDA graphs recorded
-            step.sum().item()  # waits for the device
-            start = time.perf_counter()
-        position = torch.tensor([[context + index]], device=device)
-        output = forward(input_ids=step, past_key_values=cache, use_cache=True, position_ids=position)
-        step = output.logits[:, -1:].argmax(-1).clone()
-    step.sum().item()
-    return time.perf_counter() - start
 
 
 def product_table(records: list[dict[str, Any]]) -> Table:
