@@ -32,7 +32,8 @@ from larosa_compile.decoding import ROOM, Prompt, compare
 from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import Recipe
 
-SPLIT = (Variant("inductor"), Variant("larosa", 0.5))
+LAROSA = [name for name in VARIANTS if Variant(name).is_larosa]
+SPLIT = (Variant("inductor"), *(Variant(name, 0.5) for name in LAROSA))
 """Variants whose time is split by kernels."""
 
 PROFILED_TOKENS = 8
@@ -66,7 +67,7 @@ def main() -> None:
     for fit in fitted:
         out.print(
             f"{', '.join(fit['fit'])}, context {fit['context']}: {fit['intercept_ms']:.2f} ms per token, and its bytes "
-            f"at {fit['gb_per_s']:.1f} GB/s (R² {fit['r2']:.3f}, {fit['points']} points of larosa)"
+            f"at {fit['gb_per_s']:.1f} GB/s (R² {fit['r2']:.3f}, {fit['points']} points of {fit['variant']})"
         )
     measure.write_so_far(arguments.json, meta, records + fitted)
 
@@ -74,7 +75,7 @@ def main() -> None:
 def together(arguments: argparse.Namespace, name: str) -> tuple[list[dict[str, Any]], Recipe | None]:
     """One model's records, without what only a process of a variant's own can tell; and its recipe."""
     start = time.perf_counter()
-    calibrated, windows = "larosa" in arguments.variants, 4 if arguments.quick else 24
+    calibrated, windows = any(run.is_larosa for run in arguments.runs), 4 if arguments.quick else 24
     subject = Subject.prepared(name, arguments.layers, arguments.contexts, calibrated, windows)
     out.print(f"{name}, {subject.layers} layers: prepared in {time.perf_counter() - start:.0f} s")
     sizes = {variant: subject.weight_bytes(variant) for variant in arguments.runs}
@@ -150,9 +151,9 @@ def alone(records: list[dict[str, Any]], recipe: Recipe | None) -> None:
 
 def child(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a variant costs by itself. Its prompt is random: neither time nor memory depends on the words."""
-    variant = Variant(arguments.child, arguments.sparsities[0] if arguments.child == "larosa" else 0.0)
+    variant = Variant(arguments.child, arguments.sparsities[0])
     model = shapes.build(arguments.shape[0], arguments.layers)
-    recipe = Recipe.load(arguments.recipe) if variant.name == "larosa" else None
+    recipe = Recipe.load(arguments.recipe) if variant.is_larosa else None
     prompt = Prompt.read_by(model, decoding.random_ids(model, arguments.contexts[0], seed=2))
     with fresh_cache():
         forward = variant.forward(model, recipe, release=True)
@@ -160,7 +161,7 @@ def child(arguments: argparse.Namespace) -> dict[str, Any]:
         compile_s = None if variant.name == "eager" else first - statistics.median(others)
         found: dict[str, Any] = {"compile_s": compile_s, "peak_rss_mb": measure.peak_rss_mb(), "split": None}
         if variant in SPLIT:
-            if variant.name != "larosa":
+            if not variant.is_larosa:
                 decoding.forget_compiled()  # larosa's options differ below, and its graph holds all weights there are
             profiled = variant.forward(model, recipe)
             with inductor_config.patch({"cpp.enable_kernel_profile": True}):
@@ -170,21 +171,23 @@ def child(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def fits(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Seconds against bytes per token, over the larosa records of each context: all models together, then each.
+    """Seconds against bytes per token, over the larosa records of each context and format of weights: all models
+    together, then each.
 
     Nothing for less than three points, nor where more bytes did not take longer.
     """
-    points = [record for record in records if record["variant"] == "larosa"]
-    models = list(dict.fromkeys(record["model"] for record in points))
     found: list[dict[str, Any]] = []
-    for context in dict.fromkeys(record["context"] for record in points):
-        for group in [models] if len(models) == 1 else [models, *([model] for model in models)]:
-            chosen = [record for record in points if record["context"] == context and record["model"] in group]
-            sizes = [float(record["bytes_per_token"]) for record in chosen]
-            line = measure.Line.through(sizes, [record["ms_per_token"] / 1e3 for record in chosen])
-            if line is not None and line.slope > 0:
-                fit = {"fit": group, "context": context, "points": len(chosen), "r2": line.r2}
-                found.append(fit | {"gb_per_s": 1e-9 / line.slope, "intercept_ms": line.intercept * 1e3})
+    for context in dict.fromkeys(record["context"] for record in records):
+        for variant in LAROSA:
+            points = [record for record in records if (record["variant"], record["context"]) == (variant, context)]
+            models = list(dict.fromkeys(record["model"] for record in points))
+            for group in [models] if len(models) == 1 else [models, *([model] for model in models)]:
+                chosen = [record for record in points if record["model"] in group]
+                sizes = [float(record["bytes_per_token"]) for record in chosen]
+                line = measure.Line.through(sizes, [record["ms_per_token"] / 1e3 for record in chosen])
+                if line is not None and line.slope > 0:
+                    fit = {"fit": group, "variant": variant, "context": context, "points": len(chosen), "r2": line.r2}
+                    found.append(fit | {"gb_per_s": 1e-9 / line.slope, "intercept_ms": line.intercept * 1e3})
     return found
 
 
@@ -262,7 +265,8 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
         arguments.layers = 4
     arguments.contexts = arguments.contexts or ([128] if quick else [128, 2048])
     arguments.sparsities = arguments.sparsities or ([0.5] if quick else [0.25, 0.4, 0.5, 0.75])
-    arguments.variants = arguments.variants or [name for name in VARIANTS if not quick or name != "inductor-max"]
+    usual = ["eager", "inductor", "inductor-max", "larosa"]
+    arguments.variants = arguments.variants or [name for name in usual if not quick or name != "inductor-max"]
     arguments.rounds = arguments.rounds or (2 if quick else 3)
     for name in arguments.shape if arguments.layers is not None else []:
         try:
@@ -277,7 +281,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     arguments.runs = [
         Variant(name, sparsity)
         for name in dict.fromkeys(arguments.variants)
-        for sparsity in (dict.fromkeys(arguments.sparsities) if name == "larosa" else [0.0])
+        for sparsity in (dict.fromkeys(arguments.sparsities) if name in LAROSA else [0.0])
     ]
     return arguments
 

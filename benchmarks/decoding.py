@@ -20,20 +20,30 @@ import larosa_compile
 from benchmarks import assets, shapes
 from larosa_compile.calibration import token_batches
 from larosa_compile.decoding import Forward, Prompt
+from larosa_compile.kernels.formats import FORMATS
 from larosa_compile.recipe import Recipe
+from larosa_compile.recipe_checks import OWN_DTYPE
 
-VARIANTS = ("eager", "inductor", "inductor-max", "larosa")
+VARIANTS = ("eager", "inductor", "inductor-max", "larosa", *(f"larosa-{name}" for name in FORMATS))
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One of `VARIANTS`: a way to run a model. `sparsity` is larosa's."""
+    """One of `VARIANTS`: a way to run a model. `sparsity` is larosa's, whose name also says the weights' format."""
 
     name: str
     sparsity: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.name} {self.sparsity:.0%}" if self.name == "larosa" else self.name
+        return f"{self.name} {self.sparsity:.0%}" if self.is_larosa else self.name
+
+    @property
+    def is_larosa(self) -> bool:
+        return self.name.partition("-")[0] == "larosa"
+
+    def of(self, recipe: Recipe) -> Recipe:
+        """The recipe at this sparsity, for weights in this format."""
+        return recipe.with_sparsity(self.sparsity).with_weights(self.name.partition("-")[2] or OWN_DTYPE)
 
     def forward(self, model: PreTrainedModel, recipe: Recipe | None, release: bool = False) -> Forward:
         """The model, to be called as this variant; what compiles does so at the first call.
@@ -46,9 +56,9 @@ class Variant:
             return torch.compile(model)
         if self.name == "inductor-max":
             return Frozen(model)
-        if self.name != "larosa" or recipe is None:
+        if self.name not in VARIANTS or recipe is None:
             raise ValueError(f"a variant is one of {', '.join(VARIANTS)}, larosa with a recipe; got {self.name!r}")
-        options: Any = {"recipe": recipe.with_sparsity(self.sparsity), "release_originals": release}
+        options: Any = {"recipe": self.of(recipe), "release_originals": release}
         return torch.compile(model, backend="larosa", options=options)
 
 
@@ -117,7 +127,7 @@ class Subject:
 
     def weight_bytes(self, variant: Variant) -> int:
         """Bytes of linear weights that one decode step reads: a head counts, tied or not, an embedding does not."""
-        recipe = self.recipe.with_sparsity(variant.sparsity) if self.recipe and variant.name == "larosa" else None
+        recipe = variant.of(self.recipe) if self.recipe and variant.is_larosa else None
         graphs = larosa_compile.explain(self.model, recipe=recipe).graphs
         return sum(graph.sparse_bytes if recipe else graph.dense_bytes for graph in graphs)
 

@@ -1,4 +1,5 @@
-"""The sparse product by itself: `larosa::sparse_linear`, compiled by Inductor, against the dense product of torch.
+"""The sparse product by itself, compiled by Inductor, against the dense product of torch; with `--dtypes int8 int4` its
+weights in fewer bits, against a dense product in bfloat16.
 
 Products go over copies of their weight that no cache holds, a call of several distinct ones at a time. All variants
 of a shape take turns in one process, and reading a large buffer comes before each of them; medians are over the
@@ -12,6 +13,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,15 @@ from benchmarks.shapes import SHAPES
 from larosa_compile.decoding import Spread
 from larosa_compile.kernels import ops
 from larosa_compile.kernels.digest import source_digest
+from larosa_compile.kernels.formats import FORMATS, PACKED_DTYPE, WeightFormat, pack
 from larosa_compile.passes.plan import kept_features
 from larosa_compile.progress import progress_bar
 
 Size = tuple[int, int]
 Run = Callable[[], object]
 
-DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32} | dict.fromkeys(FORMATS, torch.bfloat16)
+"""Of weights -> of activations, and of the dense product's weights: formats of fewer bits have no dense product."""
 SPARSITIES = (0.0, 0.25, 0.4, 0.5, 0.75, 0.9)
 QUICK_SPARSITIES = (0.25, 0.4, 0.5)
 SQUARE: Size = (4096, 4096)
@@ -83,20 +87,20 @@ def measured(
 ) -> list[dict[str, Any]]:
     """A record per sparsity. `weight_bytes`: what the copies of the weight take at least."""
     features, columns = size
-    torch_dtype = DTYPES[dtype]
+    torch_dtype, form = DTYPES[dtype], FORMATS.get(dtype)
     kept = {sparsity: kept_features(sparsity, features) for sparsity in sparsities}
     weights = copies(size, torch_dtype, weight_bytes)
-    products = min(len(weights), MAX_PRODUCTS)
-    narrow = copies((features, SELECTION_COLUMNS), torch_dtype) * SELECTION_PRODUCTS
-    x = [torch.randn(rows, features).to(torch_dtype) for _ in range(max(products, SELECTION_PRODUCTS))]
-    calls = [weights[start : start + products] for start in range(0, len(weights), products)]
+    stored = weights if form is None else packed_copies(size, form, weight_bytes)
+    few = (features, SELECTION_COLUMNS)
+    narrow = (copies(few, torch_dtype) if form is None else packed_copies(few, form)) * SELECTION_PRODUCTS
+    x = [torch.randn(rows, features).to(torch_dtype) for _ in range(max(MAX_PRODUCTS, SELECTION_PRODUCTS))]
 
-    runs: dict[tuple[str, float], Run] = {("dense", 0.0): _dense(x, calls)}
+    runs: dict[tuple[str, float], Run] = {("dense", 0.0): _dense(x, in_calls(weights))}
     counts = {("dense", 0.0): len(weights)}
     for sparsity, k in kept.items():
-        runs["sparse", sparsity] = _sparse(x, calls, k)
-        counts["sparse", sparsity] = len(weights)
-        runs["selection", sparsity] = _sparse(x, [narrow], k)
+        runs["sparse", sparsity] = _sparse(x, in_calls(stored), Product(k, columns, form))
+        counts["sparse", sparsity] = len(stored)
+        runs["selection", sparsity] = _sparse(x, [narrow], Product(k, SELECTION_COLUMNS, form))
         counts["selection", sparsity] = len(narrow)
     seconds, bandwidth = take_turns(runs, rounds)
 
@@ -105,7 +109,8 @@ def measured(
     records = []
     for sparsity, k in kept.items():
         sparse, selection = spreads["sparse", sparsity], spreads["selection", sparsity].median
-        gb_per_s = k * columns * itemsize / sparse.median / 1e3
+        read = k * columns * itemsize if form is None else form.bytes_read(k, features, columns)
+        gb_per_s = read / sparse.median / 1e3
         records.append(
             {
                 "shape": [features, columns],
@@ -144,6 +149,35 @@ def copies(size: Size, dtype: torch.dtype, total: int = 1) -> list[Tensor]:
     return [memory[index * stride :][:each].view(size) for index in range(count)]
 
 
+def packed_copies(size: Size, form: WeightFormat, total: int = 1) -> list[Tensor]:
+    """The same of packed weights, all of one weight's codes."""
+    packed = pack(torch.randn(size), form)
+    made = copies(form.shape(*size), PACKED_DTYPE, total)
+    for weight in made:
+        weight.copy_(packed)
+    return made
+
+
+def in_calls(weights: list[Tensor]) -> list[list[Tensor]]:
+    """Weights of the products of each compiled call."""
+    products = min(len(weights), MAX_PRODUCTS)
+    return [weights[start : start + products] for start in range(0, len(weights), products)]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A sparse product of one row: `k` features kept, `columns` outputs, weights plain or in a format."""
+
+    k: int
+    columns: int
+    form: WeightFormat | None
+
+    def call(self, graph: torch.fx.Graph, x: torch.fx.Node, weight: torch.fx.Node) -> torch.fx.Node:
+        if self.form is None:
+            return graph.call_function(ops.sparse_linear, (x, weight, self.k))
+        return graph.call_function(ops.sparse_linear_packed, (x, weight, self.k, self.columns, self.form.name))
+
+
 def take_turns(runs: dict[tuple[str, float], Run], rounds: int) -> tuple[dict[tuple[str, float], list[float]], Spread]:
     """Seconds of every run in every round, and the bandwidth met in these rounds."""
     bandwidth = Bandwidth()
@@ -162,17 +196,13 @@ def take_turns(runs: dict[tuple[str, float], Run], rounds: int) -> tuple[dict[tu
     return {key: values[1:] for key, values in seconds.items()}, bandwidth.taken()
 
 
-def _compiled(products: list[tuple[Tensor, Tensor, int]]) -> Callable[..., Any]:
+def _compiled(product: Product, pairs: list[tuple[Tensor, Tensor]]) -> Callable[..., Any]:
     """Products as one graph, by Inductor alone: Dynamo's guards on every weight would be timed with them."""
     graph = torch.fx.Graph()
-    inputs = [(graph.placeholder(f"x{index}"), graph.placeholder(f"w{index}")) for index in range(len(products))]
-    results = [
-        graph.call_function(ops.sparse_linear, (x, weight, k))
-        for (x, weight), (_, _, k) in zip(inputs, products, strict=True)
-    ]
-    graph.output(tuple(results))
+    inputs = [(graph.placeholder(f"x{index}"), graph.placeholder(f"w{index}")) for index in range(len(pairs))]
+    graph.output(tuple(product.call(graph, x, weight) for x, weight in inputs))
     module = torch.fx.GraphModule({}, graph)
-    examples: list[Any] = [tensor for x, weight, _ in products for tensor in (x, weight)]
+    examples: list[Any] = [tensor for pair in pairs for tensor in pair]
     # Inductor's cache knows neither our templates nor our lowerings; with their digest in its key it does
     tag = f"larosa-{source_digest()}"
     with compiler_config.patch(cache_key_tag=tag), functorch_config.patch(enable_autograd_cache=False):  # type: ignore[attr-defined]
@@ -180,8 +210,8 @@ def _compiled(products: list[tuple[Tensor, Tensor, int]]) -> Callable[..., Any]:
     return compiled
 
 
-def _sparse(x: list[Tensor], calls: list[list[Tensor]], k: int) -> Run:
-    compiled = _compiled([(row, weight, k) for row, weight in zip(x, calls[0], strict=False)])
+def _sparse(x: list[Tensor], calls: list[list[Tensor]], product: Product) -> Run:
+    compiled = _compiled(product, list(zip(x, calls[0], strict=False)))
     inputs = [[tensor for pair in zip(x, weights, strict=False) for tensor in pair] for weights in calls]
     return lambda: [compiled(*tensors) for tensors in inputs]
 

@@ -20,6 +20,7 @@ from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.virtualized import V, ops
 
 from larosa_compile.kernels import heuristics
+from larosa_compile.kernels.formats import WeightFormat
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 _environment = jinja2.Environment(
@@ -127,11 +128,11 @@ class GemvTemplate(RowTemplate):
     """A few rows x [rows, in] times weight_t [in, out], summed in float32."""
 
     def constants(self) -> dict[str, Any]:
-        weight = self.input_nodes[1]
-        columns = int(weight.get_size()[1])
+        columns = int(self.layout.size[1])
         return {
-            "W": weight,
-            "rows": int(self.input_nodes[0].get_size()[0]),
+            "W": self.input_nodes[1],
+            "weight_type": DTYPE_TO_CPP[self.layout.dtype],
+            "rows": int(self.layout.size[0]),
             "columns": columns,
             "tile": heuristics.gemv_tile(columns, self.num_threads),
             "rows_at_a_time": 4,
@@ -143,13 +144,39 @@ class SparseGemvTemplate(GemvTemplate):
 
     name = "larosa_sparse_gemv"
     file = "sparse_gemv.cpp.jinja"
+    rows_file = "plain_rows.cpp.jinja"
+    column_multiple = heuristics.COLUMN_MULTIPLE
 
     def constants(self) -> dict[str, Any]:
         constants = super().constants()
+        columns, rows = constants["columns"], constants["rows"]
         return constants | {
+            "rows_file": self.rows_file,
             "parts": self.num_threads,
-            "chunk": heuristics.gemv_chunk(constants["columns"], constants["rows"]),
-            "sums_stride": heuristics.round_up(constants["columns"], heuristics.COLUMN_MULTIPLE),
+            "chunk": heuristics.gemv_chunk(columns, rows, self.column_multiple),
+            "sums_stride": heuristics.round_up(columns, self.column_multiple),
+        }
+
+
+class PackedGemvTemplate(SparseGemvTemplate):
+    """The same over a weight in one of `formats.FORMATS`."""
+
+    name = "larosa_packed_gemv"
+    rows_file = "packed_rows.cpp.jinja"
+
+    def __init__(self, inputs: list[ir.IRNode], layout: ir.Layout, threads: int, k: int, form: WeightFormat) -> None:
+        super().__init__(inputs, layout, threads, k)
+        self.form = form
+        self.column_multiple = max(form.block, heuristics.COLUMN_MULTIPLE)
+
+    def constants(self) -> dict[str, Any]:
+        return super().constants() | {
+            "form": self.form,
+            "rows_at_a_time": 8,
+            # sums are float32 in memory order, whatever the weights are
+            "weight_type": "float",
+            # products of bfloat16 numbers are exact only where x is made of them
+            "pairs": self.form.bits == 4 and self.layout.dtype == torch.bfloat16,
         }
 
 
@@ -168,3 +195,39 @@ class SparsifyTemplate(RowTemplate):
 
     def constants(self) -> dict[str, Any]:
         return {"parallel_from": heuristics.MIN_PARALLEL_ENTRIES}
+
+
+class UnpackTemplate(CppTemplate):
+    """A packed weight as a dense one, [features, columns]."""
+
+    name = "larosa_unpack"
+    file = "unpack.cpp.jinja"
+
+    def __init__(self, packed: ir.IRNode, layout: ir.Layout, threads: int, form: WeightFormat) -> None:
+        super().__init__(self.name, [packed], layout, threads)
+        self.form = form
+
+    def render(  # type: ignore[override]
+        self,
+        kernel: CppTemplateKernel,
+        template_buffer_node: ir.CppTemplateBuffer | None = None,
+        epilogue_nodes: list[ir.IRNode] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        # only products read the result, and they are no pointwise nodes
+        assert not epilogue_nodes
+        features, columns = map(int, self.layout.size)
+        return _environment.get_template(self.file).render(
+            template=self,
+            kernel=kernel,
+            name=f"{kernel.kernel_name}_{self.name}",
+            P=self.input_nodes[0],
+            Y=template_buffer_node or self.output_node,
+            aliases={},
+            export_declaration=get_export_declaration(),
+            y_type=DTYPE_TO_CPP[self.layout.dtype],
+            form=self.form,
+            features=features,
+            columns=columns,
+            threads=self.num_threads,
+        )

@@ -19,13 +19,13 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def gemv_threads(k: int, columns: int, itemsize: int, max_threads: int) -> int:
-    """Threads for a GEMV that reads `k` weight rows of `columns` values: either one or all.
+def gemv_threads(weight_bytes: int, max_threads: int) -> int:
+    """Threads for a GEMV that reads so many bytes of weights: either one or all.
 
     Nothing in between: GNU OpenMP ends the threads that a smaller team leaves over and starts them anew later,
     while a team of one leaves the pool alone.
     """
-    return max_threads if k * columns * itemsize >= MIN_PARALLEL_BYTES else 1
+    return max_threads if weight_bytes >= MIN_PARALLEL_BYTES else 1
 
 
 def round_up(count: int, multiple: int) -> int:
@@ -33,10 +33,10 @@ def round_up(count: int, multiple: int) -> int:
     return ceil_div(count, multiple) * multiple
 
 
-def gemv_chunk(columns: int, rows: int = 1) -> int:
-    """Columns of every weight row that are read before the next row, for `rows` rows of sums."""
+def gemv_chunk(columns: int, rows: int = 1, multiple: int = COLUMN_MULTIPLE) -> int:
+    """Columns of every weight row that are read before the next row, for `rows` rows of sums; whole multiples."""
     chunks = ceil_div(columns * rows, MAX_CHUNK_COLUMNS)
-    return round_up(ceil_div(columns, chunks), COLUMN_MULTIPLE)
+    return round_up(ceil_div(columns, chunks), multiple)
 
 
 def gemv_tile(columns: int, threads: int) -> int:

@@ -4,6 +4,8 @@ sparse_linear, CPU, a few rows  -> SparseGemvTemplate, which never reads a weigh
                   , one row     -> DotGemvTemplate where nothing is dropped and the weight is stored output-major
                   , more rows   -> SparsifyTemplate, then Inductor's own mm over the same weight
 sparsify, CPU                   -> SparsifyTemplate
+sparse_linear_packed, CPU, a few rows  -> PackedGemvTemplate
+                         , more rows   -> UnpackTemplate, then what sparse_linear does
 sparse_linear, GPU, a few rows  -> a threshold fused into what makes x, then the Triton template
                   , more rows   -> sparsify, then Inductor's own mm over the same weight
 sparsify, GPU                   -> a threshold and a selection, fused into what makes x
@@ -20,12 +22,20 @@ from torch._inductor.utils import has_free_symbols, parallel_num_threads
 from torch._inductor.virtualized import V
 
 from larosa_compile.kernels import heuristics, ops, triton_heuristics, triton_lowering
-from larosa_compile.kernels.cpp_templates import DotGemvTemplate, RowTemplate, SparseGemvTemplate, SparsifyTemplate
+from larosa_compile.kernels.cpp_templates import (
+    DotGemvTemplate,
+    PackedGemvTemplate,
+    RowTemplate,
+    SparseGemvTemplate,
+    SparsifyTemplate,
+    UnpackTemplate,
+)
+from larosa_compile.kernels.formats import format_of
 from larosa_compile.kernels.support import refusal_reason
 from larosa_compile.kernels.triton_threshold import MAX_FEATURES
 
 
-def _output(template: RowTemplate) -> ir.TensorBox:
+def _output(template: RowTemplate | UnpackTemplate) -> ir.TensorBox:
     choices: list[ir.ChoiceCaller] = []
     error = template.maybe_append_choice(choices)
     if error is not None:
@@ -33,7 +43,7 @@ def _output(template: RowTemplate) -> ir.TensorBox:
     return choices[0].output_node()
 
 
-def _eager(op: torch._ops.OpOverload, *args: ir.TensorBox | int) -> ir.TensorBox:
+def _eager(op: torch._ops.OpOverload, *args: ir.TensorBox | int | str) -> ir.TensorBox:
     call: Callable[..., ir.TensorBox] = fallback_handler(op, add_to_fallback_set=False)
     return call(*args)
 
@@ -65,7 +75,7 @@ def _gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.TensorBox:
     features, columns = map(int, weight_t.get_size())
     rows = int(x.get_size()[0])
     layout = ir.FixedLayout(x.get_device_or_error(), x.get_dtype(), [rows, columns])
-    threads = heuristics.gemv_threads(k, columns, x.get_dtype().itemsize, parallel_num_threads())
+    threads = heuristics.gemv_threads(k * columns * x.get_dtype().itemsize, parallel_num_threads())
     if rows == 1 and k == features and _is_output_major(weight_t):
         return _output(DotGemvTemplate([x, weight_t], layout, threads, k))
     # not `require_stride1`: it accepts a transposed view, whose unit stride runs down the rows
@@ -106,3 +116,19 @@ def lower_sparse_linear(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.T
     kept = x if k == features else _sparsify_rows(x, k)
     product: ir.TensorBox = lowerings[torch.ops.aten.mm.default](kept, weight_t)
     return product
+
+
+@register_lowering(ops.sparse_linear_packed, type_promotion_kind=None)
+def lower_sparse_linear_packed(x: ir.TensorBox, packed: ir.TensorBox, k: int, columns: int, form: str) -> ir.TensorBox:
+    if not _has_templates(x) or not _on_cpu(x) or has_free_symbols(packed.get_size()):
+        return _eager(ops.sparse_linear_packed, x, packed, k, columns, form)
+    meaning, threads = format_of(form), parallel_num_threads()
+    features = meaning.features(int(packed.get_size()[0]))
+    stored = ir.ExternKernel.require_contiguous(realize_inputs(packed))
+    device, dtype = x.get_device_or_error(), x.get_dtype()
+    if not _has_few_rows(x, k):
+        layout = ir.FixedLayout(device, dtype, [features, columns])
+        return lower_sparse_linear(x, _output(UnpackTemplate(stored, layout, threads, meaning)), k)
+    layout = ir.FixedLayout(device, dtype, [int(x.get_size()[0]), columns])
+    threads = heuristics.gemv_threads(meaning.bytes_read(k, features, columns), threads)
+    return _output(PackedGemvTemplate([realize_inputs(x), stored], layout, threads, k, meaning))

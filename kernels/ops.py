@@ -1,9 +1,11 @@
-"""`torch.ops.larosa`: the two ops the compiler sees. Eager runs the reference; `lowering` is for Inductor.
+"""`torch.ops.larosa`: the ops the compiler sees. Eager runs the reference; `lowering` is for Inductor.
 
     larosa::sparsify(Tensor x, int k) -> Tensor                        x [rows, features]
     larosa::sparse_linear(Tensor x, Tensor weight_t, int k) -> Tensor  x [rows, in], weight_t [in, out]
+    larosa::sparse_linear_packed(Tensor x, Tensor packed, int k, int columns, str form) -> Tensor
+        the same over a weight [in, columns] in one of `formats.FORMATS`
 
-Inference only: neither op has a backward. Results are contiguous and never alias an input. `k == features`
+Inference only: no op has a backward. Results are contiguous and never alias an input. `k == features`
 keeps everything, i.e. the dense result. Weights are taken to be finite: whether a dropped 0 meets an infinite
 weight (and makes NaN) is left open.
 """
@@ -12,12 +14,17 @@ import torch
 from torch import Tensor
 
 from larosa_compile.kernels import reference
+from larosa_compile.kernels.formats import format_of
 
 # A Library object rather than `custom_op`: no Python autograd wrapper stands in the eager call. It must stay
 # referenced, because its registrations die with it.
 _library = torch.library.Library("larosa", "DEF")
 _library.define("sparsify(Tensor x, int k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("sparse_linear(Tensor x, Tensor weight_t, int k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "sparse_linear_packed(Tensor x, Tensor packed, int k, int columns, str form) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 def _sparsify(x: Tensor, k: int) -> Tensor:
@@ -30,6 +37,10 @@ def _sparsify(x: Tensor, k: int) -> Tensor:
 def _sparse_linear(x: Tensor, weight_t: Tensor, k: int) -> Tensor:
     reference.check_k(k, x.shape[1])
     return x @ weight_t if k == x.shape[1] else reference.sparse_linear(x, weight_t, k)
+
+
+def _sparse_linear_packed(x: Tensor, packed: Tensor, k: int, columns: int, form: str) -> Tensor:
+    return reference.sparse_linear_packed(x, packed, k, columns, form)
 
 
 def _sparsify_fake(x: Tensor, k: int) -> Tensor:
@@ -53,10 +64,28 @@ def _sparse_linear_fake(x: Tensor, weight_t: Tensor, k: int) -> Tensor:
     return x.new_empty(x.shape[0], weight_t.shape[1])
 
 
+def _sparse_linear_packed_fake(x: Tensor, packed: Tensor, k: int, columns: int, form: str) -> Tensor:
+    torch._check(x.dim() == 2, lambda: f"x must be [rows, in], got {tuple(x.shape)}")
+    torch._check(packed.dtype == torch.uint8, lambda: f"packed must be uint8, got {packed.dtype}")
+    # what ties a dynamic x.shape[1] to the weight's static size
+    features = format_of(form).features(packed.shape[0])
+    torch._check(x.shape[1] == features, lambda: f"x has {x.shape[1]} features but packed holds {features}")
+    width = format_of(form).line_bytes(columns)
+    torch._check(
+        packed.shape[1] == width, lambda: f"{columns} columns take {width} bytes, packed has {packed.shape[1]}"
+    )
+    torch._check(1 <= k, lambda: f"k must be at least 1, got {k}")
+    torch._check(k <= features, lambda: f"k must be at most in = {features}, got {k}")
+    return x.new_empty(x.shape[0], columns)
+
+
 _library.impl("sparsify", _sparsify, "CompositeExplicitAutograd")
 _library.impl("sparse_linear", _sparse_linear, "CompositeExplicitAutograd")
+_library.impl("sparse_linear_packed", _sparse_linear_packed, "CompositeExplicitAutograd")
 torch.library.register_fake("larosa::sparsify", _sparsify_fake, lib=_library)
 torch.library.register_fake("larosa::sparse_linear", _sparse_linear_fake, lib=_library)
+torch.library.register_fake("larosa::sparse_linear_packed", _sparse_linear_packed_fake, lib=_library)
 
 sparsify = torch.ops.larosa.sparsify.default
 sparse_linear = torch.ops.larosa.sparse_linear.default
+sparse_linear_packed = torch.ops.larosa.sparse_linear_packed.default

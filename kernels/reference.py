@@ -7,6 +7,8 @@ order, ties and subnormals are exact, and NaN sorts above infinity. A NaN is the
 import torch
 from torch import Tensor
 
+from larosa_compile.kernels.formats import format_of, unpack
+
 # floating dtype -> (integer dtype of the same width, mask that clears the sign)
 MAGNITUDE_VIEWS: dict[torch.dtype, tuple[torch.dtype, int]] = {
     torch.bfloat16: (torch.int16, 0x7FFF),
@@ -81,3 +83,31 @@ def sparse_linear(x: Tensor, weight_t: Tensor, k: int) -> Tensor:
         TypeError: unsupported dtype.
     """
     return sparsify(x, k) @ weight_t
+
+
+def unpacked(packed: Tensor, features: int, columns: int, form: str, dtype: torch.dtype) -> Tensor:
+    """The weight [features, columns] that `packed` holds in the format named `form`, rounded to `dtype`.
+
+    Raises:
+        ValueError: no such format, or `packed` has another shape or dtype.
+    """
+    return unpack(packed, features, columns, format_of(form)).to(dtype)
+
+
+def sparse_linear_packed(x: Tensor, packed: Tensor, k: int, columns: int, form: str) -> Tensor:
+    """`sparsify(x, k)` times the weight that `packed` holds, multiplied in float32 and rounded once.
+
+    Args:
+        x: [rows, in].
+        packed: the weight [in, columns] in the format named `form`.
+        k: entries kept per row, 1 <= k <= in.
+
+    Returns:
+        [rows, columns] in the dtype of `x`.
+
+    Raises:
+        ValueError: `k` outside [1, in], no such format, or `packed` has another shape or dtype.
+        TypeError: unsupported dtype of `x`.
+    """
+    weight = unpack(packed, x.shape[1], columns, format_of(form))
+    return (sparsify(x, k).float() @ weight).to(x.dtype)

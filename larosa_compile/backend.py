@@ -1,6 +1,7 @@
 """`torch.compile(model, backend="larosa")`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from larosa_compile.dump import GraphDump
 from larosa_compile.errors import MissingRecipeError
 from larosa_compile.kernels.digest import source_digest
 from larosa_compile.passes.graph import Refusal
-from larosa_compile.passes.pipeline import rewrite
+from larosa_compile.passes.pipeline import Rewritten, pack, rewrite
 from larosa_compile.recipe import Recipe, SiteRecipe
 from larosa_compile.released import check_not_released, is_released
 from larosa_compile.report import described, report_of
@@ -56,30 +57,55 @@ def _compile(captured: Captured, config: Config) -> Boxed:
         return _lower(captured, captured.fakes, captured.compile_arguments, config)
     captured = captured.renamed(recipe.locate(captured.shapes))
     dump = GraphDump.start(config.dump)
-    choices: dict[str, SiteRecipe] = dict(recipe.sites)
-    faults: list[Refusal] = []
     # a model whose weights were released was checked, or not, when they were folded
     checked = config.self_check and not any(map(is_released, captured.tensors.values()))
+    made = _checked(captured, recipe, dump) if checked else _rewritten(captured, recipe, recipe.sites, dump)
+    if recipe.form is not None and made.is_sound:
+        packed = pack(made.captured.graph, made.rewritten, recipe.form, captured.fake_mode, dump.graph)
+        made = replace(made, rewritten=packed)
+    report = report_of(made.rewritten, described(recipe), made.faults)
+    dump.text("report", str(report))
+    registry.add_report(captured.tensors.values(), report)
+    if not made.is_sound:
+        # not even the graph without a site agrees, so the graph that was captured is the one to run
+        return _lower(captured, captured.fakes, captured.compile_arguments, config)
+    # what the self-check ran on, `made.weights`, is still there: these are the same, or are made of them
+    release_each = config.release_originals and not checked
+    weights = FoldedWeights(list(made.rewritten.folded.values()), made.captured, recipe, release=release_each)
+    if config.release_originals:
+        weights.release()
+    return _with_folded_weights(made.captured, weights, config)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A rewritten graph. weights: what the self-check ran it on; faults: the sites that it took out."""
+
+    captured: Captured
+    rewritten: Rewritten
+    weights: FoldedWeights | None = None
+    faults: tuple[Refusal, ...] = ()
+    is_sound: bool = True
+
+
+def _rewritten(captured: Captured, recipe: Recipe, choices: Mapping[str, SiteRecipe], dump: GraphDump) -> _Made:
+    """Rewrites a captured graph in place. In fewer bits, a vocabulary matrix is no table to look embeddings up in."""
+    share_tables = recipe.form is None
+    return _Made(captured, rewrite(captured.graph, choices, captured.fake_mode, dump.graph, share_tables))
+
+
+def _checked(captured: Captured, recipe: Recipe, dump: GraphDump) -> _Made:
+    """Rewrites copies of a captured graph until one computes what it does when nothing is dropped."""
+    choices, faults = dict(recipe.sites), list[Refusal]()
     while True:
-        attempt = captured.copy() if checked else captured
-        rewritten = rewrite(attempt.graph, choices, captured.fake_mode, dump.graph)
-        streaming = config.release_originals and not checked
-        weights = FoldedWeights(list(rewritten.folded.values()), attempt, recipe, release=streaming)
-        fault = find_fault(captured, attempt, rewritten, weights.tensors, recipe) if checked else None
+        made = _rewritten(captured.copy(), recipe, choices, dump)
+        weights = FoldedWeights(list(made.rewritten.folded.values()), made.captured, recipe)
+        fault = find_fault(captured, made.captured, made.rewritten, weights.tensors, recipe)
         if fault is None or not choices:
-            break
+            return replace(made, weights=weights, faults=tuple(faults), is_sound=fault is None)
         faulty = fault.sites & choices.keys() or choices.keys()
         faults += [Refusal(path, fault.reason) for path in sorted(faulty)]
         choices = {path: choice for path, choice in choices.items() if path not in faulty}
-    report = report_of(rewritten, described(recipe), faults)
-    dump.text("report", str(report))
-    registry.add_report(captured.tensors.values(), report)
-    if fault is not None:
-        # not even the graph without a site agrees, so the graph that was captured is the one to run
-        return _lower(captured, captured.fakes, captured.compile_arguments, config)
-    if config.release_originals:
-        weights.release()
-    return _with_folded_weights(attempt, weights, config)
 
 
 def _recipe(config: Config, captured: Captured) -> Recipe | None:
@@ -89,7 +115,7 @@ def _recipe(config: Config, captured: Captured) -> Recipe | None:
             "backend 'larosa' needs a recipe for this model: make one with larosa_compile.calibrate(model, batches), "
             'or pass one as torch.compile(model, backend="larosa", options={"recipe": "model.larosa.safetensors"})'
         )
-    return recipe
+    return recipe if recipe is None or config.weights is None else recipe.with_weights(config.weights)
 
 
 def _with_folded_weights(captured: Captured, weights: FoldedWeights, config: Config) -> Boxed:

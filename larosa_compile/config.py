@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias, cast, get_args
 
 from larosa_compile.errors import OptionError, StaleRecipeError
 from larosa_compile.recipe import Recipe
+from larosa_compile.recipe_checks import WEIGHTS
 
 Lowering: TypeAlias = Literal["inductor", "eager"]
 
@@ -17,7 +18,7 @@ DUMP_VARIABLE = "LAROSA_DUMP"
 """Environment variable that stands in for the option `dump`."""
 
 
-OPTIONS = ("dump", "lowering", "recipe", "release_originals", "self_check")
+OPTIONS = ("dump", "lowering", "recipe", "release_originals", "self_check", "weights")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Config:
         release_originals: give the memory of weights back once they are folded; the model then runs compiled only.
         self_check: compare every rewritten graph with the model, nothing dropped, before it is used. The check needs
             both sets of weights at once, so with `release_originals` it is off unless asked for.
+        weights: the format of the sites' weights; None is what the recipe says.
         recipe_file: the file that `recipe` was read from, if it was.
     """
 
@@ -76,6 +78,7 @@ class Config:
     lowering: Lowering = "inductor"
     release_originals: bool = False
     self_check: bool = True
+    weights: str | None = None
     recipe_file: "RecipeFile | None" = None
 
     @classmethod
@@ -98,9 +101,10 @@ class Config:
         return cls(
             recipe=_recipe(options.get("recipe")),
             dump=_dump(options.get("dump", os.environ.get(DUMP_VARIABLE) or None)),
-            lowering=_lowering(options.get("lowering", "inductor")),
+            lowering=cast(Lowering, _one_of("lowering", options.get("lowering", "inductor"), get_args(Lowering))),
             release_originals=release,
             self_check=_flag("self_check", options.get("self_check", not release)),
+            weights=None if options.get("weights") is None else _one_of("weights", options["weights"], WEIGHTS),
             recipe_file=RecipeFile.of(options.get("recipe")),
         )
 
@@ -146,8 +150,7 @@ def _flag(name: str, value: object) -> bool:
     return value
 
 
-def _lowering(value: object) -> Lowering:
-    allowed = get_args(Lowering)
-    if value not in allowed:
-        raise OptionError(f"option 'lowering' must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return cast(Lowering, value)
+def _one_of(name: str, value: object, allowed: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise OptionError(f"option {name!r} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value

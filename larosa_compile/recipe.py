@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,23 +15,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from larosa_compile import recipe_file, registry
 from larosa_compile.errors import RecipeError
 from larosa_compile.fingerprint import locate
+from larosa_compile.kernels.formats import FORMATS, WeightFormat
 from larosa_compile.passes.plan import HEAD
+from larosa_compile.recipe_checks import (
+    OWN_DTYPE,
+    check_weights,
+    checked_number,
+    checked_rotation,
+    checked_sparsity,
+)
 
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 """What the provenance of a recipe may be made of."""
 
 MAX_SPARSITY = 0.99
 """Where a derived site sparsity is clipped: a site that keeps nothing would be a constant."""
-
-ORTHOGONALITY_TOLERANCE = 1e-4
-"""Largest |QᵀQ - I| accepted; a float32 rounding of an exact Q stays two orders of magnitude below."""
-
 
 KINDS = ("reader", "writer", "other", HEAD)
 
@@ -58,8 +60,8 @@ class SiteRecipe:
     kind: str = "other"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sparsity", _checked_sparsity(self.sparsity))
-        coefficient = _checked_number("coefficient", self.coefficient)
+        object.__setattr__(self, "sparsity", checked_sparsity(self.sparsity))
+        coefficient = checked_number("coefficient", self.coefficient)
         if coefficient < 0:
             raise RecipeError(f"coefficient must be at least 0, got {coefficient}")
         object.__setattr__(self, "coefficient", coefficient)
@@ -80,6 +82,8 @@ class Recipe:
             Rows rotate as `x @ Q`. Kept on the CPU, contiguous.
         parameters: parameter path -> shape of the calibrated model, its fingerprint.
         calibration: provenance (tokens, digest of the text, versions, ...), anything JSON can hold.
+        weights: in which format compiled graphs read the sites' weights: "model", the model's own dtype, or a name in
+            `kernels.formats.FORMATS`.
 
     Raises:
         RecipeError: a number is not finite or out of range, a Q is not square, float32 and orthogonal, a
@@ -91,9 +95,10 @@ class Recipe:
     rotations: Mapping[str, Tensor]
     parameters: Mapping[str, tuple[int, ...]]
     calibration: Mapping[str, JSON]
+    weights: str = OWN_DTYPE
 
     def __post_init__(self) -> None:
-        rotations = {key: _checked_rotation(key, q) for key, q in self.rotations.items()}
+        rotations = {key: checked_rotation(key, q) for key, q in self.rotations.items()}
         parameters = {path: tuple(int(size) for size in shape) for path, shape in self.parameters.items()}
         try:
             # Through JSON and back, so that a loaded recipe holds exactly what the saved one held.
@@ -101,7 +106,8 @@ class Recipe:
         except (TypeError, ValueError) as error:
             raise RecipeError(f"calibration must hold finite JSON values only: {error}") from error
         _check_sites(self.sites, rotations, parameters)
-        object.__setattr__(self, "sparsity", _checked_sparsity(self.sparsity))
+        check_weights(self.weights)
+        object.__setattr__(self, "sparsity", checked_sparsity(self.sparsity))
         object.__setattr__(self, "sites", dict(self.sites))
         object.__setattr__(self, "rotations", rotations)
         object.__setattr__(self, "parameters", parameters)
@@ -113,7 +119,7 @@ class Recipe:
         Raises:
             RecipeError: `sparsity` is not in [0, 1).
         """
-        nominal = _checked_sparsity(sparsity)
+        nominal = checked_sparsity(sparsity)
         sites = {
             path: replace(site, sparsity=min(site.coefficient * nominal, MAX_SPARSITY))
             for path, site in self.sites.items()
@@ -131,6 +137,20 @@ class Recipe:
             for path, site in self.sites.items()
         }
         return self._changed(sites=sites).with_sparsity(self.sparsity)
+
+    def with_weights(self, weights: str) -> "Recipe":
+        """Return the recipe for weights in another format: "int8", "int4", or "model" for the model's own dtype.
+
+        Raises:
+            RecipeError: there is no such format.
+        """
+        check_weights(weights)
+        return self._changed(weights=weights)
+
+    @property
+    def form(self) -> WeightFormat | None:
+        """The format of the sites' weights; None is the model's own dtype."""
+        return None if self.weights == OWN_DTYPE else FORMATS[self.weights]
 
     def without_rotation(self) -> "Recipe":
         """Return the recipe with every site in its own basis: plain magnitude sparsity, the baseline."""
@@ -155,13 +175,14 @@ class Recipe:
         return sha.hexdigest()
 
     def header(self) -> dict[str, JSON]:
-        """Return everything but the rotations, as JSON values."""
-        return {
+        """Return everything but the rotations, as JSON values; the weights' format where it is not the model's."""
+        header: dict[str, JSON] = {
             "sparsity": self.sparsity,
             "sites": {path: dataclasses.asdict(site) for path, site in self.sites.items()},
             "parameters": {path: list(shape) for path, shape in self.parameters.items()},
             "calibration": self.calibration,
         }
+        return header if self.weights == OWN_DTYPE else header | {"weights": self.weights}
 
     def locate(self, found: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         """Find the parameters of a graph (path -> shape) in the calibrated model: path there -> path here.
@@ -171,7 +192,7 @@ class Recipe:
         """
         return locate(self.parameters, found)
 
-    def attach(self, model: torch.nn.Module) -> None:
+    def attach(self, model: nn.Module) -> None:
         """Make this the recipe of `model`: of a bare `torch.compile(model, backend="larosa")`, and of its parts.
 
         Raises:
@@ -226,39 +247,6 @@ class Recipe:
 def _from_header(header: Mapping[str, Any], rotations: Mapping[str, Tensor]) -> Recipe:
     sites = {path: SiteRecipe(**site) for path, site in header["sites"].items()}
     return Recipe(**{**header, "sites": sites, "rotations": rotations})
-
-
-def _checked_number(what: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise RecipeError(f"{what} must be a finite number, got {value!r}")
-    return float(value)
-
-
-def _checked_sparsity(value: object) -> float:
-    sparsity = _checked_number("sparsity", value)
-    if not 0 <= sparsity < 1:
-        raise RecipeError(f"sparsity must lie in [0, 1), got {sparsity}")
-    return sparsity
-
-
-def _checked_rotation(key: str, q: Tensor) -> Tensor:
-    """Return Q `[d, d]` on the CPU and contiguous (eigensolvers return it column-major), or raise."""
-    if not isinstance(q, Tensor) or q.dtype != torch.float32:
-        given = q.dtype if isinstance(q, Tensor) else type(q).__name__
-        raise RecipeError(f"rotation {key!r} must be a float32 tensor, got {given}")
-    if q.ndim != 2 or q.shape[0] != q.shape[1] or not q.numel():
-        raise RecipeError(f"rotation {key!r} must be square, got shape {list(q.shape)}")
-    q = q.detach().cpu().contiguous()
-    if not torch.isfinite(q).all():
-        raise RecipeError(f"rotation {key!r} must be finite, got NaN or infinity; calibrate again")
-    wide = q.double()
-    defect = float((wide.T @ wide).sub_(torch.eye(len(q), dtype=torch.float64)).abs().max())
-    if defect > ORTHOGONALITY_TOLERANCE:
-        raise RecipeError(
-            f"rotation {key!r} must be orthogonal, got max |QᵀQ - I| = {defect:.2e} where "
-            f"{ORTHOGONALITY_TOLERANCE:.0e} is allowed; calibrate again"
-        )
-    return q
 
 
 def _check_sites(

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from larosa_compile import registry
 from larosa_compile.allocation import Coefficients, allocate
 from larosa_compile.capture import Boxed, Captured, boxed, capture, compile_alone
 from larosa_compile.errors import OptionError
+from larosa_compile.kernels.formats import WeightFormat
+from larosa_compile.passes.fold import FoldedSite
 from larosa_compile.passes.graph import Refusal, rows
+from larosa_compile.passes.pack import refuse_to_pack
 from larosa_compile.passes.pipeline import Rewritten, facts_of, rewrite
 from larosa_compile.passes.plan import Plan
 from larosa_compile.passes.streams import Stream
@@ -26,6 +29,7 @@ class SiteReport:
     """One product over the weights of `paths`: `kept` of `features` inputs, `outputs` outputs.
 
     read, written: the bases folded into the weight on either side; None is the model's own.
+    weights: the format of the weight; None is the model's own dtype.
     """
 
     paths: tuple[str, ...]
@@ -36,6 +40,7 @@ class SiteReport:
     written: str | None
     dense_bytes: int
     sparse_bytes: int
+    weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,11 +105,12 @@ class GraphReport:
     def __str__(self) -> str:
         bases = [basis for site in self.sites for basis in (site.read, site.written) if basis is not None]
         short = {basis: f"Q{index}" for index, basis in enumerate(dict.fromkeys(bases))} | {None: "own"}
-        sites = _table("site", "shape", "k", "reads in", "writes in", "dense bytes", "sparse bytes")
+        sites = _table("site", "shape", "k", "reads in", "writes in", "weights", "dense bytes", "sparse bytes")
         for site in self.sites:
             shape = f"{site.features} x {site.outputs}"
-            counts = (f"{site.dense_bytes:,}", f"{site.sparse_bytes:,}")
-            sites.add_row(_joined(site.paths), shape, str(site.kept), short[site.read], short[site.written], *counts)
+            form, counts = site.weights or "model", (f"{site.dense_bytes:,}", f"{site.sparse_bytes:,}")
+            read, written = short[site.read], short[site.written]
+            sites.add_row(_joined(site.paths), shape, str(site.kept), read, written, form, *counts)
         online = _table("rotation computed at run time", "after", "bytes")
         for item in self.online:
             online.add_row(f"{short[item.start]} -> {short[item.end]}", item.source, f"{item.bytes:,}")
@@ -148,20 +154,12 @@ def report_of(rewritten: Rewritten, recipe: str, faults: Sequence[Refusal] = ())
 
     recipe: where its choices come from, in a few words. faults: what the self-check took out, and why.
     """
-    plan = rewritten.plan
-    sites = tuple(
-        SiteReport(
-            tuple(linear.path for linear in folded.site.group.linears),
-            folded.site.group.features,
-            sum(linear.out_features for linear in folded.site.group.linears),
-            folded.site.kept,
-            folded.site.basis,
-            folded.written,
-            folded.site.weight_bytes,
-            folded.site.kept_bytes,
-        )
-        for folded in rewritten.sites
-    )
+    plan, refusals = rewritten.plan, list(rewritten.plan.refusals)
+    sites = []
+    for folded in rewritten.sites:
+        reason = refuse_to_pack(folded.site) if rewritten.form else None
+        sites.append(_site_report(folded, None if reason else rewritten.form))
+        refusals += [Refusal(linear.path, reason) for linear in folded.site.linears if reason]
     streams = tuple(
         StreamReport(stream.features, len(stream.readers), len(stream.writers), _bases_of(stream, plan))
         for stream in plan.facts.streams
@@ -174,8 +172,24 @@ def report_of(rewritten: Rewritten, recipe: str, faults: Sequence[Refusal] = ())
     other = sum(linear.weight_bytes for linear in plan.facts.linears if linear.path not in planned)
     tokens = str(rows(plan.facts.linears[0].activation)) if plan.facts.linears else "0"
     # what a site was taken out for says more than that the plan has no choice for it
-    reasons = {refusal.site: refusal for refusal in (*plan.refusals, *faults)}
-    return GraphReport(tokens, recipe, streams, sites, online, other, tuple(reasons.values()))
+    reasons = {refusal.site: refusal for refusal in (*refusals, *faults)}
+    return GraphReport(tokens, recipe, streams, tuple(sites), online, other, tuple(reasons.values()))
+
+
+def _site_report(folded: FoldedSite, form: WeightFormat | None) -> SiteReport:
+    site = folded.site
+    features, outputs = site.group.features, sum(linear.out_features for linear in site.linears)
+    return SiteReport(
+        tuple(linear.path for linear in site.linears),
+        features,
+        outputs,
+        site.kept,
+        site.basis,
+        folded.written,
+        site.weight_bytes,
+        site.kept_bytes if form is None else form.bytes_read(site.kept, features, outputs),
+        None if form is None else form.name,
+    )
 
 
 def _bases_of(stream: Stream, plan: Plan) -> tuple[str, ...]:
@@ -239,7 +253,9 @@ def explain(
         else:
             planned = planned.renamed(recipe.locate(planned.shapes))
             choices, origin = dict(recipe.sites), described(recipe)
-        graphs.append(report_of(rewrite(planned.graph, choices, planned.fake_mode), origin))
+        form = None if recipe is None else recipe.form
+        rewritten = rewrite(planned.graph, choices, planned.fake_mode, share_tables=form is None)
+        graphs.append(report_of(replace(rewritten, form=form), origin))
         return boxed(lambda inputs: module(*inputs))
 
     def backend(graph: GraphModule, inputs: Sequence[Any]) -> Any:
@@ -252,4 +268,5 @@ def explain(
 
 def described(recipe: Recipe) -> str:
     """A recipe in a few words."""
-    return f"nominal sparsity {recipe.sparsity:g}, recipe {recipe.digest[:12]}"
+    weights = "" if recipe.form is None else f", {recipe.weights} weights"
+    return f"nominal sparsity {recipe.sparsity:g}{weights}, recipe {recipe.digest[:12]}"

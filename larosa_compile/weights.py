@@ -103,7 +103,10 @@ def _fold(spec: FoldedTensor, parameters: Parameters, recipe: Recipe) -> FoldedW
     known = _folded.get(key)
     if known is None or not known.is_made_of(sources):
         check_not_released(sources)
-        tensor = spec.build(parameters, recipe.rotations)
+        if spec.source is not None and spec.convert is not None:
+            tensor = spec.convert(_fold(spec.source, parameters, recipe).tensor)
+        else:
+            tensor = spec.build(parameters, recipe.rotations)
         known = FoldedWeight(tensor, tuple((weakref.ref(p), _version(p)) for p in sources))
         _folded[key] = known
     return known

@@ -1,18 +1,21 @@
-"""The order of the passes, in one place: canonicalise → analysis → plan → rotate → fold → sparsify → decode."""
+"""The order of the passes, in one place: canonicalise → analysis → plan → rotate → fold → sparsify → decode, and pack,
+which comes after the self-check."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from larosa_compile.kernels.formats import WeightFormat
 from larosa_compile.passes.analysis import GraphFacts, analyse
 from larosa_compile.passes.canonical import canonicalise
 from larosa_compile.passes.decode import specialise_one_row
 from larosa_compile.passes.fold import FoldedSite, fold_sites
 from larosa_compile.passes.graph import ParameterGraph, aten
+from larosa_compile.passes.pack import pack_weights
 from larosa_compile.passes.plan import Plan, SiteChoice, make_plan
 from larosa_compile.passes.rewriting import FoldedTensor, GraphEditor
 from larosa_compile.passes.rotate import OnlineRotation, insert_rotations
@@ -25,12 +28,16 @@ Observer = Callable[[str, Graph], None]
 
 @dataclass(frozen=True)
 class Rewritten:
-    """The rewritten graph in place of the old one: folded maps its added placeholders to what they hold."""
+    """The rewritten graph in place of the old one: folded maps its added placeholders to what they hold.
+
+    form: the format of the sites' weights; None is the model's own dtype.
+    """
 
     plan: Plan
     sites: tuple[FoldedSite, ...]
     folded: dict[Node, FoldedTensor]
     online: tuple[OnlineRotation, ...]
+    form: WeightFormat | None = None
 
 
 def facts_of(graph: ParameterGraph, fake_mode: FakeTensorMode) -> GraphFacts:
@@ -43,11 +50,15 @@ def rewrite(
     choices: Mapping[str, SiteChoice],
     fake_mode: FakeTensorMode,
     observe: Observer = lambda stage, graph: None,
+    share_tables: bool = True,
 ) -> Rewritten:
-    """Runs every pass on `graph` in place. `choices`: parameter path -> what the recipe says of that site."""
+    """Runs every pass but the last on `graph` in place.
+
+    choices: parameter path -> what the recipe says of that site. share_tables: see `make_plan`.
+    """
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     observe("input", graph.graph)
-    plan = make_plan(facts_of(graph, fake_mode), choices)
+    plan = make_plan(facts_of(graph, fake_mode), choices, share_tables)
     editor = GraphEditor(graph, fake_mode)
 
     def finish(stage: str) -> None:
@@ -63,10 +74,31 @@ def rewrite(
     specialise_one_row(editor)
     finish("decode")
 
+    _propagate(graph, fake_mode)
+    return Rewritten(plan, tuple(sites), editor.folded, tuple(online))
+
+
+def pack(
+    graph: ParameterGraph,
+    rewritten: Rewritten,
+    form: WeightFormat,
+    fake_mode: FakeTensorMode,
+    observe: Observer = lambda stage, graph: None,
+) -> Rewritten:
+    """Runs the last pass on a rewritten graph, in place: its sites' weights in fewer bits."""
+    editor = GraphEditor(graph, fake_mode, rewritten.folded)
+    pack_weights(editor, (item.matrix for item in rewritten.online), form)
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder" and node not in editor.folded]
+    verify(editor, rewritten.plan, "pack", inputs)
+    observe("pack", graph.graph)
+    _propagate(graph, fake_mode)
+    return replace(rewritten, folded=editor.folded, form=form)
+
+
+def _propagate(graph: ParameterGraph, fake_mode: FakeTensorMode) -> None:
     graph.module.recompile()
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     _Propagation(graph.module, fake_mode).propagate_dont_convert_inputs(*(node.meta["val"] for node in placeholders))
-    return Rewritten(plan, tuple(sites), editor.folded, tuple(online))
 
 
 class _Propagation(FakeTensorProp):

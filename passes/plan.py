@@ -87,8 +87,11 @@ def kept_features(sparsity: float, features: int) -> int:
     return max(1, round((1 - sparsity) * features))
 
 
-def make_plan(facts: GraphFacts, choices: Mapping[str, SiteChoice]) -> Plan:
-    """Applies a recipe's choices to one graph. A site without a choice stays dense, with the reason."""
+def make_plan(facts: GraphFacts, choices: Mapping[str, SiteChoice], share_tables: bool = True) -> Plan:
+    """Applies a recipe's choices to one graph. A site without a choice stays dense, with the reason.
+
+    share_tables: embeddings tied to a head look rows up in its folded weight.
+    """
     sites: list[Site] = []
     refusals = list(facts.refusals)
     for group in facts.groups:
@@ -105,7 +108,7 @@ def make_plan(facts: GraphFacts, choices: Mapping[str, SiteChoice]) -> Plan:
             part = ActivationGroup(tuple(linears))
             kept = kept_features(sparsity, group.features)
             seen = reader if basis is not None and not is_head else None
-            lookups = _lookups(linears, facts) if is_head else ()
+            lookups = _lookups(linears, facts) if is_head and share_tables else ()
             sites.append(Site(part, seen, sparsity, kept, basis, lookups))
     bases: dict[Node, Basis] = {}
     changes: list[BasisChange] = []

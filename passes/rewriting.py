@@ -24,6 +24,7 @@ class FoldedTensor:
 
     key: spells everything the value depends on but the parameters' contents and the recipe.
     paths: the parameters it is made of. build: computes it in float64 and rounds once, to `dtype`.
+    source: another folded tensor that it is made of, by `convert`, where that one is there already.
     """
 
     key: str
@@ -32,6 +33,18 @@ class FoldedTensor:
     dtype: torch.dtype
     device: torch.device
     build: Callable[[Parameters, Rotations], torch.Tensor]
+    source: "FoldedTensor | None" = None
+    convert: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def converted(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, convert: Callable[[torch.Tensor], torch.Tensor]
+    ) -> "FoldedTensor":
+        """What `convert` makes of this one. `name`: of the conversion."""
+
+        def build(parameters: Parameters, rotations: Rotations) -> torch.Tensor:
+            return convert(self.build(parameters, rotations))
+
+        return FoldedTensor(f"{name} of {self.key}", self.paths, shape, dtype, self.device, build, self, convert)
 
     @property
     def bytes(self) -> int:
@@ -46,8 +59,11 @@ class GraphEditor:
     fake_mode: FakeTensorMode
     folded: dict[Node, FoldedTensor] = field(default_factory=dict)
     created: set[Node] = field(default_factory=set)
-    _inputs: dict[str, Node] = field(default_factory=dict)
+    _inputs: dict[str, Node] = field(init=False)
     _last_input: Node | None = None
+
+    def __post_init__(self) -> None:
+        self._inputs = {tensor.key: node for node, tensor in self.folded.items()}
 
     @property
     def graph(self) -> Graph:

@@ -19,6 +19,7 @@ from benchmarks import decode, decoding, kernels, measure, shapes
 from benchmarks.decoding import ATTENTION, DENSE, GENERATED, GROUPS, SPARSE, Subject, Variant
 from larosa_compile.decoding import Prompt
 from larosa_compile.kernels import reference
+from larosa_compile.kernels.formats import FORMATS, WeightFormat
 
 TINY = shapes.Shape("llama", 64, 160, 2, 4, 2, 96, True)
 UNTIED = shapes.Shape("qwen2", 64, 160, 2, 4, 2, 96, False)
@@ -140,12 +141,26 @@ def test_what_is_timed_are_the_products(rows: int) -> None:
     weights = kernels.copies((40, 24), torch.float32, 3 * 40 * 24 * 4)
     x = [torch.randn(rows, 40) for _ in weights]
     with torch.no_grad():
-        sparse: Any = kernels._sparse(x, [weights], 10)()
+        sparse: Any = kernels._sparse(x, [weights], kernels.Product(10, 24, None))()
         dense: Any = kernels._dense(x, [weights])()
     assert len(sparse[0]) == len(dense) == len(weights)
     for found, product, row, weight in zip(sparse[0], dense, x, weights, strict=True):
         torch.testing.assert_close(found, reference.sparse_linear(row, weight, 10))
         assert torch.equal(product, F.linear(row, weight.view(24, 40)))
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
+def test_products_with_packed_weights(form: WeightFormat) -> None:
+    weights = kernels.packed_copies((40, 24), form, 3 * 4096)
+    assert len(weights) >= 3 and len({weight.data_ptr() for weight in weights}) == len(weights)
+    x = [torch.randn(1, 40).bfloat16() for _ in weights]
+    product = kernels.Product(10, 24, form)
+    calls = kernels.in_calls(weights)
+    with torch.no_grad():
+        found: Any = kernels._sparse(x, calls, product)()
+    for row, weight, y in zip(x, calls[0], found[0], strict=False):
+        expected = reference.sparse_linear_packed(row, weight, 10, 24, form.name)
+        torch.testing.assert_close(y, expected, rtol=2**-7, atol=2**-7 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize(("size", "count"), [((577, 3), 9), ((16, 16), 2), ((5, 5), 37)])
@@ -272,7 +287,7 @@ def test_fits_over_the_points_of_larosa() -> None:
     ("program", "arguments", "message"),
     [
         (kernels, ["--shapes", "4x4,-1x3"], "a shape is INxOUT"),
-        (kernels, ["--dtypes", "int8"], "invalid choice"),
+        (kernels, ["--dtypes", "int3"], "invalid choice"),
         (kernels, ["--sparsities", "1"], "a sparsity lies in [0, 1), got '1'"),
         (kernels, ["--rows", "0"], "at least 1, got '0'"),
         (decode, ["--variants", "jax"], "invalid choice"),
@@ -292,7 +307,7 @@ def test_defaults() -> None:
     quick, full = kernels.parsed(["--quick"]), kernels.parsed(["--shapes", "8x4,tiny,8x4"])
     assert quick.shapes == [(4096, 4096), *shapes.SHAPES["llama-1b"].products.values()]
     assert (quick.dtypes, quick.sparsities, quick.rows) == (["bf16"], [0.25, 0.4, 0.5], [1])
-    assert full.shapes == [(8, 4), *TINY.products.values()] and full.dtypes == ["bf16", "f16", "f32"]
+    assert full.shapes == [(8, 4), *TINY.products.values()] and full.dtypes == ["bf16", "f16", "f32", "int8", "int4"]
     short, long = decode.parsed(["--quick"]), decode.parsed([])
     assert (short.layers, decode.parsed(["--quick", "--shape", "smollm2"]).layers) == (4, None)
     assert [str(run) for run in short.runs] == ["eager", "inductor", "larosa 50%"]

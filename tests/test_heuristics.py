@@ -18,5 +18,5 @@ def test_splits_cover_the_columns(columns: int) -> None:
 
 
 def test_small_work_stays_on_one_thread() -> None:
-    assert heuristics.gemv_threads(k=16, columns=64, itemsize=2, max_threads=8) == 1
-    assert heuristics.gemv_threads(k=2048, columns=4096, itemsize=2, max_threads=8) == 8
+    assert heuristics.gemv_threads(weight_bytes=2048, max_threads=8) == 1
+    assert heuristics.gemv_threads(weight_bytes=2**24, max_threads=8) == 8

@@ -1,0 +1,54 @@
+"""What the numbers and tensors of a recipe must be like; anything else is a RecipeError that says so."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from larosa_compile.errors import RecipeError
+from larosa_compile.kernels.formats import FORMATS
+
+ORTHOGONALITY_TOLERANCE = 1e-4
+"""Largest |QᵀQ - I| accepted; a float32 rounding of an exact Q stays two orders of magnitude below."""
+
+OWN_DTYPE = "model"
+WEIGHTS = (OWN_DTYPE, *FORMATS)
+"""What a recipe may say of the format of weights."""
+
+
+def check_weights(weights: object) -> None:
+    if weights not in WEIGHTS:
+        raise RecipeError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
+
+
+def checked_number(what: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise RecipeError(f"{what} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def checked_sparsity(value: object) -> float:
+    sparsity = checked_number("sparsity", value)
+    if not 0 <= sparsity < 1:
+        raise RecipeError(f"sparsity must lie in [0, 1), got {sparsity}")
+    return sparsity
+
+
+def checked_rotation(key: str, q: Tensor) -> Tensor:
+    """Return Q `[d, d]` on the CPU and contiguous (eigensolvers return it column-major), or raise."""
+    if not isinstance(q, Tensor) or q.dtype != torch.float32:
+        given = q.dtype if isinstance(q, Tensor) else type(q).__name__
+        raise RecipeError(f"rotation {key!r} must be a float32 tensor, got {given}")
+    if q.ndim != 2 or q.shape[0] != q.shape[1] or not q.numel():
+        raise RecipeError(f"rotation {key!r} must be square, got shape {list(q.shape)}")
+    q = q.detach().cpu().contiguous()
+    if not torch.isfinite(q).all():
+        raise RecipeError(f"rotation {key!r} must be finite, got NaN or infinity; calibrate again")
+    wide = q.double()
+    defect = float((wide.T @ wide).sub_(torch.eye(len(q), dtype=torch.float64)).abs().max())
+    if defect > ORTHOGONALITY_TOLERANCE:
+        raise RecipeError(
+            f"rotation {key!r} must be orthogonal, got max |QᵀQ - I| = {defect:.2e} where "
+            f"{ORTHOGONALITY_TOLERANCE:.0e} is allowed; calibrate again"
+        )
+    return q

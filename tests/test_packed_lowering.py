@@ -1,0 +1,134 @@
+"""The CPU kernels over weights in fewer bits, against float64 products with the weights that they stand for."""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config as inductor_config
+from torch import Tensor
+from torch._inductor.utils import fresh_cache, run_and_get_code
+
+from larosa_compile.kernels import lowering, ops, reference
+from larosa_compile.kernels.formats import FORMATS, WeightFormat, pack, unpack
+
+assert lowering.__name__ in sys.modules  # importing it is what registers the lowerings
+
+EACH = pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
+EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with fresh_cache(), torch.no_grad():
+        yield
+
+
+def assert_is_product(y: Tensor, x: Tensor, weight: Tensor, k: int) -> None:
+    """Each output within the rounding of its terms' magnitudes: one to `y`'s dtype, and float32 sums."""
+    kept = reference.sparsify(x, k).double()
+    expected, size = kept @ weight.double(), kept.abs() @ weight.double().abs()
+    assert y.shape == expected.shape
+    # codes of 4 bits are multiplied with an offset of up to 136, which comes off again
+    bound = EPSILON[y.dtype] * expected.abs() + 2.0**-18 * size + kept.abs().amax() * 2.0**-18
+    assert bool(((y.double() - expected).abs() <= bound).all())
+
+
+def products(form: WeightFormat, columns: int, ks: tuple[int, ...]) -> Callable[..., Any]:
+    def fn(x: Tensor, packed: Tensor) -> list[Tensor]:
+        return [ops.sparse_linear_packed(x, packed, k, columns, form.name) for k in ks]
+
+    return torch.compile(fn)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", EPSILON)
+def test_one_row_at_odd_sizes(form: WeightFormat, dtype: torch.dtype) -> None:
+    features, columns, ks = 101, 333, (1, 40, 101)
+    weight = torch.randn(features, columns)
+    packed = pack(weight, form)
+    meant = unpack(packed, features, columns, form)
+    compiled = products(form, columns, ks)
+    x = torch.randn(1, features).to(dtype)
+    results, codes = run_and_get_code(compiled, x, packed)
+    assert "larosa_packed_gemv" in codes[0]
+    assert "extern_kernels." not in codes[0] and "torch.ops.larosa" not in codes[0]
+    for k, y in zip(ks, results, strict=True):
+        assert_is_product(y, x, meant, k)
+    spiky = x * 4 ** torch.randn(1, features).to(dtype)
+    for k, y in zip(ks, compiled(spiky, packed), strict=True):
+        assert_is_product(y, spiky, meant, k)
+
+
+@EACH
+@pytest.mark.parametrize(("rows", "kernel"), [(5, "larosa_packed_gemv"), (12, "larosa_unpack")])
+def test_more_rows(form: WeightFormat, rows: int, kernel: str) -> None:
+    features, columns, k = 130, 200, 50
+    packed = pack(torch.randn(features, columns), form)
+    x = torch.randn(rows, features).bfloat16()
+    (y,), codes = run_and_get_code(products(form, columns, (k,)), x, packed)
+    assert kernel in codes[0]
+    meant = unpack(packed, features, columns, form)
+    # a dense product of many rows reads weights that were rounded to x's dtype
+    assert_is_product(y, x, meant if rows <= 8 else meant.bfloat16(), k)
+
+
+@EACH
+@pytest.mark.parametrize("build", ["avx2", "plain"])
+def test_narrower_vectors_or_none(form: WeightFormat, build: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if build == "plain":
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    features, columns, k = 96, 330, 40
+    packed = pack(torch.randn(features, columns), form)
+    x = torch.randn(2, features).bfloat16()
+
+    def fn(x: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+        one = ops.sparse_linear_packed(x[:1], packed, k, columns, form.name)
+        return one, ops.sparse_linear_packed(x.repeat(5, 1), packed, k, columns, form.name)
+
+    with inductor_config.patch({"cpp.simdlen": 256} if build == "avx2" else {}):
+        (one, many), codes = run_and_get_code(torch.compile(fn), x, packed)
+    assert "larosa_packed_gemv" in codes[0] and "larosa_unpack" in codes[0]
+    meant = unpack(packed, features, columns, form)
+    assert_is_product(one, x[:1], meant, k)
+    assert_is_product(many, x.repeat(5, 1), meant.bfloat16(), k)
+
+
+@EACH
+def test_an_epilogue_is_fused_and_columns_are_split(form: WeightFormat) -> None:
+    features, columns, k = 80, 20000, 30
+    packed, x = pack(torch.randn(features, columns), form), torch.randn(1, features).bfloat16()
+
+    def fn(x: Tensor, packed: Tensor) -> Tensor:
+        return torch.relu(ops.sparse_linear_packed(x, packed, k, columns, form.name)) * 2
+
+    y, codes = run_and_get_code(torch.compile(fn), x, packed)
+    assert codes[0].count("async_compile.cpp_pybinding(") == 1
+    product = reference.sparse_linear_packed(x, packed, k, columns, form.name).double()
+    assert torch.allclose(y.double(), product.relu() * 2, rtol=2**-6, atol=2**-6 * float(product.abs().max()))
+
+
+def test_what_a_weight_does_not_fit_is_refused() -> None:
+    form = FORMATS["int4"]
+    packed = pack(torch.ones(64, 64), form)
+    with pytest.raises(ValueError, match=r"\[1, 64\]"):
+        ops.sparse_linear_packed(torch.ones(1, 64), packed, 65, 64, "int4")
+    with pytest.raises(ValueError, match="one of 'int8', 'int4'"):
+        ops.sparse_linear_packed(torch.ones(1, 64), packed, 5, 64, "int5")
+    with pytest.raises(ValueError, match="is uint8"):
+        ops.sparse_linear_packed(torch.ones(1, 64), packed, 5, 700, "int4")
+    on_meta = packed.to("meta")
+    with pytest.raises(RuntimeError, match="x has 63 features but packed holds 64"):
+        ops.sparse_linear_packed(torch.ones(1, 63, device="meta"), on_meta, 5, 64, "int4")
+    with pytest.raises(RuntimeError, match="700 columns take 384 bytes, packed has 64"):
+        ops.sparse_linear_packed(torch.ones(1, 64, device="meta"), on_meta, 5, 700, "int4")
+
+
+@EACH
+def test_opcheck(form: WeightFormat) -> None:
+    torch.library.opcheck(
+        ops.sparse_linear_packed, (torch.randn(3, 70), pack(torch.randn(70, 9), form), 5, 9, form.name)
+    )
