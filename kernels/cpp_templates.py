@@ -152,6 +152,7 @@ class SparseGemvTemplate(GemvTemplate):
         columns, rows = constants["columns"], constants["rows"]
         return constants | {
             "rows_file": self.rows_file,
+            "fine": 0,
             "parts": self.num_threads,
             "chunk": heuristics.gemv_chunk(columns, rows, self.column_multiple),
             "sums_stride": heuristics.round_up(columns, self.column_multiple),
@@ -172,6 +173,7 @@ class PackedGemvTemplate(SparseGemvTemplate):
     def constants(self) -> dict[str, Any]:
         return super().constants() | {
             "form": self.form,
+            "fine": min(self.form.fine, int(self.input_nodes[0].get_size()[1])),
             "rows_at_a_time": 8,
             # sums are float32 in memory order, whatever the weights are
             "weight_type": "float",
@@ -227,6 +229,7 @@ class UnpackTemplate(CppTemplate):
             export_declaration=get_export_declaration(),
             y_type=DTYPE_TO_CPP[self.layout.dtype],
             form=self.form,
+            fine=min(self.form.fine, features),
             features=features,
             columns=columns,
             threads=self.num_threads,

@@ -6,11 +6,15 @@ each group's lines stand its scales, in bfloat16, so that all of a weight is one
 
     [scales of group 0] [feature 0] … [feature group − 1] [scales of group 1] [feature group] …
 
+A format of 4 bits may give its first features two lines each, `16 · high + low`, so 8 bits: of a rotated activation,
+whose features are sorted by energy, they carry most.
+
 Lines are padded to whole blocks of 64 bytes. In a block of 8-bit codes, byte c holds column c, in two's complement. A
 block of 4-bit codes is 16 little-endian words of 32 bits; word w holds `code + 8` of column `16 n + w` in its bits
 `4 n` to `4 n + 3`: a shift and a mask of all words give 16 columns in order, whatever the width of the vectors.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,17 +29,12 @@ _SLICE = 4096
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """bits: of a code, 8 or 4. group: features that share a scale, 0 for all of them."""
+    """bits: of a code, 8 or 4. group: lines that share a scale. fine: features, from the first on, with two lines."""
 
     name: str
     bits: int
     group: int
-
-    @property
-    def range(self) -> tuple[int, int]:
-        """The smallest and the largest code. Of 4 bits one more is used than is symmetric: it is one in sixteen."""
-        largest = 2 ** (self.bits - 1) - 1
-        return (-largest if self.bits == 8 else -largest - 1), largest
+    fine: int = 0
 
     @property
     def block(self) -> int:
@@ -51,26 +50,24 @@ class WeightFormat:
         """Bytes of a line."""
         return -(-columns // self.block) * BLOCK_BYTES
 
-    def groups(self, features: int) -> int:
-        """Groups of a weight; the last one may be smaller."""
-        return -(-features // self.group) if self.group else 1
-
-    def features(self, lines: int) -> int:
-        """Features of a weight that takes so many lines."""
-        whole = self.group + self.scale_lines
-        groups = -(-lines // whole) if self.group else 1
-        return lines - groups * self.scale_lines
-
     def shape(self, features: int, columns: int) -> tuple[int, int]:
         """[lines, bytes] of a packed weight [features, columns]."""
-        return features + self.scale_lines * self.groups(features), self.line_bytes(columns)
+        lines = features + min(features, self.fine)
+        return lines + self.scale_lines * -(-lines // self.group), self.line_bytes(columns)
+
+    def features(self, lines: int) -> int:
+        """Features of a weight that takes so many lines, scales included."""
+        lines -= self.scale_lines * -(-lines // (self.group + self.scale_lines))
+        return max(lines - self.fine, lines // 2) if self.fine else lines
 
     def bytes_read(self, kept: int, features: int, columns: int) -> int:
-        """Bytes that a product with `kept` of the features reads, where they are met in every group."""
-        return (kept + self.scale_lines * min(kept, self.groups(features))) * self.line_bytes(columns)
+        """Bytes that a product reads with `kept` of the features, the fine ones among them, some in every group."""
+        lines, width = self.shape(features, columns)
+        groups = (lines - features - min(features, self.fine)) // self.scale_lines
+        return (kept + min(kept, self.fine) + self.scale_lines * min(kept, groups)) * width
 
 
-FORMATS = {made.name: made for made in (WeightFormat("int8", 8, 0), WeightFormat("int4", 4, 64))}
+FORMATS = {made.name: made for made in (WeightFormat("int8", 8, 64), WeightFormat("int4", 4, 32, 64))}
 
 
 def format_of(name: str) -> WeightFormat:
@@ -94,16 +91,16 @@ def pack(weight: Tensor, form: WeightFormat) -> Tensor:
         uint8, `form.shape(features, columns)`, on the same device.
     """
     features, columns = weight.shape
-    packed = torch.zeros(form.shape(features, columns), dtype=torch.uint8, device=weight.device)
-    for scales, lines, begin in _groups(packed, features, form):
+    packed = torch.zeros(form.shape(features, columns), dtype=PACKED_DTYPE, device=weight.device)
+    for group in _groups(packed, features, form):
         for start in range(0, columns, _SLICE):
-            group = weight[begin : begin + len(lines), start : start + _SLICE].float()
-            scale = _scale(group, form)
-            codes = (group / torch.where(scale == 0, 1.0, scale)).round_()
-            encoded = _encode(codes.clamp_(*form.range).to(torch.int8), form)
+            part = weight[group.features, start : start + _SLICE].float()
+            scale = _scale(part, group.range)
+            codes = (part / torch.where(scale == 0, 1.0, scale)).round_().clamp_(*group.range)
+            encoded = _encode(_halves(codes) if group.is_fine else codes, form)
             first = start * form.bits // 8
-            lines[:, first : first + encoded.shape[1]] = encoded
-            scales[start : start + len(scale)] = scale
+            group.lines[:, first : first + encoded.shape[1]] = encoded
+            group.scales[start : start + len(scale)] = scale
     return packed
 
 
@@ -114,45 +111,68 @@ def unpack(packed: Tensor, features: int, columns: int, form: WeightFormat) -> T
         ValueError: `packed` is not uint8 in the shape that these sizes have.
     """
     expected = form.shape(features, columns)
-    if packed.dtype != torch.uint8 or packed.shape != expected:
+    if packed.dtype != PACKED_DTYPE or packed.shape != expected:
         raise ValueError(
             f"a weight of {features} x {columns} in {form.name} is uint8 {list(expected)}, "
             f"got {packed.dtype} {list(packed.shape)}"
         )
     weight = torch.empty(features, columns, device=packed.device)
-    for scales, codes, begin in _groups(packed, features, form):
-        weight[begin : begin + len(codes)] = (scales.float() * _decode(codes, form))[:, :columns]
+    for group in _groups(packed, features, form):
+        codes = _decode(group.lines, form)
+        if group.is_fine:
+            codes = 16 * codes[::2] + codes[1::2]
+        weight[group.features] = (group.scales.float() * codes)[:, :columns]
     return weight
 
 
-def _groups(packed: Tensor, features: int, form: WeightFormat) -> list[tuple[Tensor, Tensor, int]]:
-    """Views of each group: its scales, bfloat16 [padded columns], its lines of codes, and its first feature."""
-    size, ahead = form.group or features, form.scale_lines
-    found = []
-    for begin in range(0, features, size):
-        top = begin + ahead * (begin // size)
-        codes = packed[top + ahead : top + ahead + min(size, features - begin)]
-        found.append((packed[top : top + ahead].view(-1).view(torch.bfloat16), codes, begin))
-    return found
+@dataclass(frozen=True)
+class _Group:
+    """Views of a group's scales, bfloat16 [padded columns], and lines, and which features these belong to."""
+
+    scales: Tensor
+    lines: Tensor
+    features: slice
+    is_fine: bool
+    range: tuple[int, int]
 
 
-def _scale(group: Tensor, form: WeightFormat) -> Tensor:
-    """The scale of each column, as bfloat16 holds it. Where one more code exists below zero, the extreme takes it."""
-    extreme = group.gather(0, group.abs().argmax(0, keepdim=True))[0]
-    smallest, largest = form.range
+def _groups(packed: Tensor, features: int, form: WeightFormat) -> Iterator[_Group]:
+    # one code more below zero than above where codes are few: the extreme value takes it, whatever its sign
+    usual = (-8, 7) if form.bits == 4 else (-127, 127)
+    fine, first = min(features, form.fine), 0
+    for top in range(0, len(packed), form.scale_lines + form.group):
+        scales, lines = packed[top:].split([form.scale_lines, len(packed) - top - form.scale_lines])
+        lines, is_fine = lines[: form.group], first < fine
+        count = len(lines) // (1 + is_fine)
+        # halves lie in [−8, 7] each
+        span = (-136, 119) if is_fine else usual
+        yield _Group(scales.view(-1).view(torch.bfloat16), lines, slice(first, first + count), is_fine, span)
+        first += count
+
+
+def _scale(part: Tensor, span: tuple[int, int]) -> Tensor:
+    """The scale of each column, as bfloat16 holds it."""
+    extreme = part.gather(0, part.abs().argmax(0, keepdim=True))[0]
+    smallest, largest = span
     scale = extreme.abs() / largest if smallest == -largest else extreme / smallest
     return scale.bfloat16().float()
 
 
+def _halves(codes: Tensor) -> Tensor:
+    """`16 · high + low` as two lines, high before low."""
+    high = ((codes + 8) / 16).floor_()
+    return torch.stack([high, codes - 16 * high], 1).flatten(0, 1)
+
+
 def _encode(codes: Tensor, form: WeightFormat) -> Tensor:
-    """Codes, int8 [lines, columns], as uint8 [lines, bytes], columns padded to whole blocks."""
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % form.block))
+    """Codes [lines, columns] as uint8 [lines, bytes], columns padded to whole blocks."""
+    codes = torch.nn.functional.pad(codes.to(torch.int8), (0, -codes.shape[1] % form.block))
     if form.bits == 8:
-        return codes.view(torch.uint8)
+        return codes.view(PACKED_DTYPE)
     nibbles = (codes + 8).to(torch.int32).view(len(codes), -1, 8, _WORDS)
     shifts = 4 * torch.arange(8, dtype=torch.int32, device=codes.device).view(8, 1)
     # a sum rather than an or: its terms share no bit
-    return (nibbles << shifts).sum(2, dtype=torch.int32).view(len(codes), -1).view(torch.uint8)
+    return (nibbles << shifts).sum(2, dtype=torch.int32).view(len(codes), -1).view(PACKED_DTYPE)
 
 
 def _decode(lines: Tensor, form: WeightFormat) -> Tensor:

@@ -60,10 +60,10 @@ def _compile(captured: Captured, config: Config) -> Boxed:
     # a model whose weights were released was checked, or not, when they were folded
     checked = config.self_check and not any(map(is_released, captured.tensors.values()))
     made = _checked(captured, recipe, dump) if checked else _rewritten(captured, recipe, recipe.sites, dump)
-    if recipe.form is not None and made.is_sound:
-        packed = pack(made.captured.graph, made.rewritten, recipe.form, captured.fake_mode, dump.graph)
+    if recipe.packs and made.is_sound:
+        packed = pack(made.captured.graph, made.rewritten, recipe.weights, captured.fake_mode, dump.graph)
         made = replace(made, rewritten=packed)
-    report = report_of(made.rewritten, described(recipe), made.faults)
+    report = report_of(made.rewritten, described(recipe), made.faults, recipe.packs)
     dump.text("report", str(report))
     registry.add_report(captured.tensors.values(), report)
     if not made.is_sound:
@@ -90,8 +90,7 @@ class _Made:
 
 def _rewritten(captured: Captured, recipe: Recipe, choices: Mapping[str, SiteRecipe], dump: GraphDump) -> _Made:
     """Rewrites a captured graph in place. In fewer bits, a vocabulary matrix is no table to look embeddings up in."""
-    share_tables = recipe.form is None
-    return _Made(captured, rewrite(captured.graph, choices, captured.fake_mode, dump.graph, share_tables))
+    return _Made(captured, rewrite(captured.graph, choices, captured.fake_mode, dump.graph, not recipe.packs))
 
 
 def _checked(captured: Captured, recipe: Recipe, dump: GraphDump) -> _Made:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from larosa_compile import recipe_file, registry
 from larosa_compile.errors import RecipeError
 from larosa_compile.fingerprint import locate
-from larosa_compile.kernels.formats import FORMATS, WeightFormat
 from larosa_compile.passes.plan import HEAD
 from larosa_compile.recipe_checks import (
     OWN_DTYPE,
@@ -148,9 +147,9 @@ class Recipe:
         return self._changed(weights=weights)
 
     @property
-    def form(self) -> WeightFormat | None:
-        """The format of the sites' weights; None is the model's own dtype."""
-        return None if self.weights == OWN_DTYPE else FORMATS[self.weights]
+    def packs(self) -> bool:
+        """Whether compiled graphs read the sites' weights in fewer bits."""
+        return self.weights != OWN_DTYPE
 
     def without_rotation(self) -> "Recipe":
         """Return the recipe with every site in its own basis: plain magnitude sparsity, the baseline."""

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +14,10 @@ from larosa_compile import registry
 from larosa_compile.allocation import Coefficients, allocate
 from larosa_compile.capture import Boxed, Captured, boxed, capture, compile_alone
 from larosa_compile.errors import OptionError
-from larosa_compile.kernels.formats import WeightFormat
 from larosa_compile.passes.fold import FoldedSite
 from larosa_compile.passes.graph import Refusal, rows
 from larosa_compile.passes.pack import refuse_to_pack
-from larosa_compile.passes.pipeline import Rewritten, facts_of, rewrite
+from larosa_compile.passes.pipeline import Rewritten, facts_of, pack, rewrite
 from larosa_compile.passes.plan import Plan
 from larosa_compile.passes.streams import Stream
 from larosa_compile.recipe import Recipe
@@ -149,17 +148,14 @@ def _joined(paths: tuple[str, ...]) -> str:
     return " + ".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
 
 
-def report_of(rewritten: Rewritten, recipe: str, faults: Sequence[Refusal] = ()) -> GraphReport:
+def report_of(rewritten: Rewritten, recipe: str, faults: Sequence[Refusal] = (), packs: bool = False) -> GraphReport:
     """The report of one rewritten graph.
 
-    recipe: where its choices come from, in a few words. faults: what the self-check took out, and why.
+    recipe: where its choices come from, in a few words. faults: what the self-check took out, and why. packs: whether
+    its weights were to be in fewer bits.
     """
-    plan, refusals = rewritten.plan, list(rewritten.plan.refusals)
-    sites = []
-    for folded in rewritten.sites:
-        reason = refuse_to_pack(folded.site) if rewritten.form else None
-        sites.append(_site_report(folded, None if reason else rewritten.form))
-        refusals += [Refusal(linear.path, reason) for linear in folded.site.linears if reason]
+    plan = rewritten.plan
+    sites = tuple(map(_site_report, rewritten.sites))
     streams = tuple(
         StreamReport(stream.features, len(stream.readers), len(stream.writers), _bases_of(stream, plan))
         for stream in plan.facts.streams
@@ -170,14 +166,20 @@ def report_of(rewritten: Rewritten, recipe: str, faults: Sequence[Refusal] = ())
     )
     planned = {path for site in sites for path in site.paths}
     other = sum(linear.weight_bytes for linear in plan.facts.linears if linear.path not in planned)
+    unpacked = [
+        Refusal(linear.path, reason)
+        for folded in rewritten.sites
+        if packs and (reason := refuse_to_pack(folded.site))
+        for linear in folded.site.linears
+    ]
     tokens = str(rows(plan.facts.linears[0].activation)) if plan.facts.linears else "0"
     # what a site was taken out for says more than that the plan has no choice for it
-    reasons = {refusal.site: refusal for refusal in (*refusals, *faults)}
-    return GraphReport(tokens, recipe, streams, tuple(sites), online, other, tuple(reasons.values()))
+    reasons = {refusal.site: refusal for refusal in (*plan.refusals, *unpacked, *faults)}
+    return GraphReport(tokens, recipe, streams, sites, online, other, tuple(reasons.values()))
 
 
-def _site_report(folded: FoldedSite, form: WeightFormat | None) -> SiteReport:
-    site = folded.site
+def _site_report(folded: FoldedSite) -> SiteReport:
+    site, form = folded.site, folded.form
     features, outputs = site.group.features, sum(linear.out_features for linear in site.linears)
     return SiteReport(
         tuple(linear.path for linear in site.linears),
@@ -253,9 +255,11 @@ def explain(
         else:
             planned = planned.renamed(recipe.locate(planned.shapes))
             choices, origin = dict(recipe.sites), described(recipe)
-        form = None if recipe is None else recipe.form
-        rewritten = rewrite(planned.graph, choices, planned.fake_mode, share_tables=form is None)
-        graphs.append(report_of(replace(rewritten, form=form), origin))
+        packs = recipe is not None and recipe.packs
+        rewritten = rewrite(planned.graph, choices, planned.fake_mode, share_tables=not packs)
+        if recipe is not None and packs:
+            rewritten = pack(planned.graph, rewritten, recipe.weights, planned.fake_mode)
+        graphs.append(report_of(rewritten, origin, packs=packs))
         return boxed(lambda inputs: module(*inputs))
 
     def backend(graph: GraphModule, inputs: Sequence[Any]) -> Any:
@@ -268,5 +272,5 @@ def explain(
 
 def described(recipe: Recipe) -> str:
     """A recipe in a few words."""
-    weights = "" if recipe.form is None else f", {recipe.weights} weights"
+    weights = f", {recipe.weights} weights" if recipe.packs else ""
     return f"nominal sparsity {recipe.sparsity:g}{weights}, recipe {recipe.digest[:12]}"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from larosa_compile.kernels.formats import WeightFormat
 from larosa_compile.passes.algebra import Basis, Rotations, fold_bias, fold_weight, matrix
 from larosa_compile.passes.bases import Place
 from larosa_compile.passes.graph import aten, value
@@ -40,13 +41,15 @@ class LinearFold:
 class FoldedSite:
     """A site after folding: its products over one activation, and the basis its outputs are written in.
 
-    A site of plain linears has one product, `mm(activation, weight)`; of stacked ones, a product each.
+    A site of plain linears has one product, `mm(activation, weight)`; of stacked ones, a product each. form: of the
+    weight that the product reads; None is the model's own dtype.
     """
 
     site: Site
     activation: Node
     products: tuple[Node, ...]
     written: Basis
+    form: WeightFormat | None = None
 
 
 def fold_sites(

@@ -2,18 +2,41 @@
 
 Apart from the others, because the self-check stands between: it compares what is exact. Rotations that are computed at
 run time and what stays dense keep the model's dtype, and so do stacks of weights, whose products are not ours.
+
+Four bits need inputs that are sorted by energy: noise is what is rounded off times what it meets, and in a rotated
+activation the first features meet most of it. They have eight bits in that format, and so do all where nothing is
+sorted, in the linears that read no stream.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import replace
 
 from torch.fx import Node
 
 from larosa_compile.kernels import ops
-from larosa_compile.kernels.formats import PACKED_DTYPE, WeightFormat, pack
+from larosa_compile.kernels.formats import FORMATS, PACKED_DTYPE, WeightFormat, pack
 from larosa_compile.kernels.support import packed_refusal_reason
-from larosa_compile.passes.graph import is_call, value
+from larosa_compile.passes.fold import FoldedSite
+from larosa_compile.passes.graph import value
 from larosa_compile.passes.plan import Site
 from larosa_compile.passes.rewriting import GraphEditor
+
+UNSORTED = FORMATS["int8"]
+
+
+def pack_sites(editor: GraphEditor, sites: Sequence[FoldedSite], weights: str) -> tuple[FoldedSite, ...]:
+    """Makes the sparse products of sites read packed weights. `weights`: a name in `FORMATS`.
+
+    Returns the sites with their products and formats as they are now.
+    """
+    packed = []
+    for folded in sites:
+        if refuse_to_pack(folded.site) is None:
+            form = UNSORTED if folded.site.basis is None else FORMATS[weights]
+            folded = replace(folded, products=(_read_packed(editor, folded.products[0], form),), form=form)
+        packed.append(folded)
+    editor.drop_dead()
+    return tuple(packed)
 
 
 def refuse_to_pack(site: Site) -> str | None:
@@ -25,26 +48,16 @@ def refuse_to_pack(site: Site) -> str | None:
     return packed_refusal_reason(fake.device)
 
 
-def pack_weights(editor: GraphEditor, rotations: Iterable[Node], form: WeightFormat) -> None:
-    """Makes the sparse products over folded weights read packed ones. `rotations`: the matrices to leave alone."""
-    left = set(rotations)
-    for node in list(editor.graph.nodes):
-        if is_call(node, ops.sparse_linear) and node.args[1] in editor.folded.keys() - left:
-            weight = node.args[1]
-            assert isinstance(weight, Node)
-            if packed_refusal_reason(editor.folded[weight].device) is None:
-                _read_packed(editor, node, weight, form)
-    editor.drop_dead()
-
-
-def _read_packed(editor: GraphEditor, product: Node, weight: Node, form: WeightFormat) -> None:
+def _read_packed(editor: GraphEditor, product: Node, form: WeightFormat) -> Node:
+    x, weight, kept = product.args
+    assert isinstance(weight, Node)
     plain = editor.folded[weight]
     features, columns = plain.shape
     packed = plain.converted(form.name, form.shape(features, columns), PACKED_DTYPE, lambda weight: pack(weight, form))
     with editor.graph.inserting_before(product):
-        name = f"{product.name}_{form.name}"
         read = editor.folded_input(f"{weight.name}_{form.name}", packed)
-        x, _, kept = product.args
+        name = f"{product.name}_{form.name}"
         made = editor.call(name, ops.sparse_linear_packed, x, read, kept, columns, form.name)
     product.replace_all_uses_with(made)
     editor.graph.erase_node(product)
+    return made

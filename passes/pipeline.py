@@ -9,13 +9,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from larosa_compile.kernels.formats import WeightFormat
 from larosa_compile.passes.analysis import GraphFacts, analyse
 from larosa_compile.passes.canonical import canonicalise
 from larosa_compile.passes.decode import specialise_one_row
 from larosa_compile.passes.fold import FoldedSite, fold_sites
 from larosa_compile.passes.graph import ParameterGraph, aten
-from larosa_compile.passes.pack import pack_weights
+from larosa_compile.passes.pack import pack_sites
 from larosa_compile.passes.plan import Plan, SiteChoice, make_plan
 from larosa_compile.passes.rewriting import FoldedTensor, GraphEditor
 from larosa_compile.passes.rotate import OnlineRotation, insert_rotations
@@ -28,16 +27,12 @@ Observer = Callable[[str, Graph], None]
 
 @dataclass(frozen=True)
 class Rewritten:
-    """The rewritten graph in place of the old one: folded maps its added placeholders to what they hold.
-
-    form: the format of the sites' weights; None is the model's own dtype.
-    """
+    """The rewritten graph in place of the old one: folded maps its added placeholders to what they hold."""
 
     plan: Plan
     sites: tuple[FoldedSite, ...]
     folded: dict[Node, FoldedTensor]
     online: tuple[OnlineRotation, ...]
-    form: WeightFormat | None = None
 
 
 def facts_of(graph: ParameterGraph, fake_mode: FakeTensorMode) -> GraphFacts:
@@ -69,30 +64,33 @@ def rewrite(
     finish("rotate")
     sites, online = fold_sites(editor, plan, rotations)
     finish("fold")
-    sparsify_sites(editor, sites, online)
+    sparse_sites = sparsify_sites(editor, sites, online)
     finish("sparsify")
     specialise_one_row(editor)
     finish("decode")
 
     _propagate(graph, fake_mode)
-    return Rewritten(plan, tuple(sites), editor.folded, tuple(online))
+    return Rewritten(plan, sparse_sites, editor.folded, tuple(online))
 
 
 def pack(
     graph: ParameterGraph,
     rewritten: Rewritten,
-    form: WeightFormat,
+    weights: str,
     fake_mode: FakeTensorMode,
     observe: Observer = lambda stage, graph: None,
 ) -> Rewritten:
-    """Runs the last pass on a rewritten graph, in place: its sites' weights in fewer bits."""
+    """Runs the last pass on a rewritten graph, in place: its sites' weights in fewer bits.
+
+    weights: a name in `kernels.formats.FORMATS`.
+    """
     editor = GraphEditor(graph, fake_mode, rewritten.folded)
-    pack_weights(editor, (item.matrix for item in rewritten.online), form)
+    sites = pack_sites(editor, rewritten.sites, weights)
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder" and node not in editor.folded]
     verify(editor, rewritten.plan, "pack", inputs)
     observe("pack", graph.graph)
     _propagate(graph, fake_mode)
-    return replace(rewritten, folded=editor.folded, form=form)
+    return replace(rewritten, sites=sites, folded=editor.folded)
 
 
 def _propagate(graph: ParameterGraph, fake_mode: FakeTensorMode) -> None:

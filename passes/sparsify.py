@@ -5,6 +5,8 @@ with a stack of weights keeps its own op and reads what `larosa::sparsify` left 
 stayed online take the op of the sites with nothing dropped, hence the same kernel.
 """
 
+from dataclasses import replace
+
 from torch.fx import Node
 
 from larosa_compile.kernels import ops
@@ -13,22 +15,31 @@ from larosa_compile.passes.rewriting import GraphEditor
 from larosa_compile.passes.rotate import OnlineRotation
 
 
-def sparsify_sites(editor: GraphEditor, sites: list[FoldedSite], online: list[OnlineRotation]) -> None:
-    """Makes the folded products of sites sparse, and the online rotations products of the same op."""
-    for folded in sites:
-        if folded.site.group.stacked:
-            _sparsify_activation(editor, folded)
-        else:
-            _make_sparse(editor, folded.products[0], folded.site.kept)
+def sparsify_sites(
+    editor: GraphEditor, sites: list[FoldedSite], online: list[OnlineRotation]
+) -> tuple[FoldedSite, ...]:
+    """Makes the folded products of sites sparse, and the online rotations products of the same op.
+
+    Returns the sites with their products as they are now.
+    """
     for rotation in online:
         _make_sparse(editor, rotation.product, editor.folded[rotation.matrix].shape[0])
+    return tuple(_sparsified(editor, folded) for folded in sites)
 
 
-def _make_sparse(editor: GraphEditor, product: Node, kept: int) -> None:
+def _sparsified(editor: GraphEditor, folded: FoldedSite) -> FoldedSite:
+    if folded.site.group.stacked:
+        _sparsify_activation(editor, folded)
+        return folded
+    return replace(folded, products=(_make_sparse(editor, folded.products[0], folded.site.kept),))
+
+
+def _make_sparse(editor: GraphEditor, product: Node, kept: int) -> Node:
     with editor.graph.inserting_before(product):
         sparse = editor.call(f"sparse_{product.name}", ops.sparse_linear, *product.args, kept)
     product.replace_all_uses_with(sparse)
     editor.graph.erase_node(product)
+    return sparse
 
 
 def _sparsify_activation(editor: GraphEditor, folded: FoldedSite) -> None:

@@ -12,19 +12,26 @@ EACH = pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.n
 SIZES = [(1, 1), (64, 128), (65, 64), (100, 130), (200, 5000)]
 
 
+def groups(features: int, form: WeightFormat) -> list[tuple[slice, int, int]]:
+    """Features that share scales, with their smallest and largest code, written down from the formats' description."""
+    fine = min(features, form.fine)
+    usual = (-127, 127) if form.bits == 8 else (-8, 7)
+    leading = [(start, min(start + form.group // 2, fine), -136, 119) for start in range(0, fine, form.group // 2)]
+    rest = [(start, min(start + form.group, features), *usual) for start in range(fine, features, form.group)]
+    return [(slice(start, end), low, high) for start, end, low, high in leading + rest]
+
+
 @EACH
 @pytest.mark.parametrize("size", SIZES)
 def test_every_code_is_the_nearest(form: WeightFormat, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     weight = torch.randn(size) * torch.rand(size[1])
     found = unpack(pack(weight, form), *size, form)
-    group = form.group or size[0]
-    smallest, largest = form.range
-    for begin in range(0, size[0], group):
-        part, back = weight[begin : begin + group], found[begin : begin + group]
+    for features, smallest, largest in groups(size[0], form):
+        part, back = weight[features], found[features]
         extreme = part.gather(0, part.abs().argmax(0, keepdim=True))
         step = extreme / smallest
-        # what lies as far out as the extreme, but on the side with a code less, is rounded to the last one
+        # what lies as far out as the extreme, but on the side with fewer codes, is rounded to the last one
         missed = (part / step - largest).clamp_min(0.5)
         # and the scale is a bfloat16
         assert bool(((back - part).abs() <= step.abs() * (missed - 2**-8 * smallest)).all())
@@ -34,11 +41,11 @@ def test_every_code_is_the_nearest(form: WeightFormat, size: tuple[int, int]) ->
 @pytest.mark.parametrize("size", SIZES)
 def test_what_a_format_can_say_it_says_exactly(form: WeightFormat, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    group = form.group or size[0]
-    codes = torch.randint(form.range[0], form.range[1] + 1, size).float()
-    codes[::group] = form.range[0]  # each group's extreme, so that its scale is the one below
-    scales = torch.rand(-(-size[0] // group), size[1]).bfloat16().float().clamp_min(2**-9)
-    weight = codes * scales.repeat_interleave(group, 0)[: size[0]]
+    weight = torch.empty(size)
+    for features, smallest, largest in groups(size[0], form):
+        codes = torch.randint(smallest, largest + 1, weight[features].shape).float()
+        codes[0] = smallest  # the extreme, so that the scale is the one below
+        weight[features] = codes * torch.rand(size[1]).bfloat16().float().clamp_min(2**-9)
     assert torch.equal(unpack(pack(weight, form), *size, form), weight)
 
 
@@ -55,7 +62,7 @@ def test_sizes(form: WeightFormat, size: tuple[int, int]) -> None:
     assert packed.shape == form.shape(features, columns)
     assert form.features(len(packed)) == features
     assert form.bytes_read(features, features, columns) == packed.numel()
-    assert form.bytes_read(1, features, columns) == (1 + form.scale_lines) * packed.shape[1]
+    assert form.bytes_read(1, features, columns) == (1 + (form.fine > 0) + form.scale_lines) * packed.shape[1]
 
 
 def test_features_follow_from_lines() -> None:
@@ -64,15 +71,22 @@ def test_features_follow_from_lines() -> None:
 
 
 @EACH
-def test_a_dropped_feature_is_a_line_not_read(form: WeightFormat) -> None:
-    """The layout that the kernels rely on: scales, then a line per feature, group by group."""
+def test_a_dropped_feature_is_lines_not_read(form: WeightFormat) -> None:
+    """The layout that the kernels rely on: scales, then a line per feature, or two, group by group."""
     features, columns = 150, 40
     packed = pack(torch.randn(features, columns), form)
     before = unpack(packed, features, columns, form)
-    group = form.group or features
-    for feature in (0, 63, 64, 149):
+    line, owner = 0, dict[int, int]()
+    for part, low, _ in groups(features, form):
+        line += form.scale_lines
+        for feature in range(part.start, part.stop):
+            for _ in range(2 if low == -136 else 1):
+                owner[line] = feature
+                line += 1
+    assert line == len(packed)
+    for line, feature in owner.items():
         changed = packed.clone()
-        changed[feature + form.scale_lines * (feature // group + 1)] ^= 0x11
+        changed[line] ^= 0x11
         differs = (unpack(changed, features, columns, form) != before).any(1)
         assert differs.nonzero().flatten().tolist() == [feature]
 
