@@ -30,6 +30,8 @@ import larosa_compile
 from benchmarks import assets
 from larosa_compile.decoding import decode_seconds
 from larosa_compile.evaluation import next_token_losses
+from larosa_compile.kernels.formats import FORMATS
+from larosa_compile.recipe_checks import OWN_DTYPE
 
 WARM_UP = 4
 """Tokens decoded before the first timed ones: compilation, first touches of memory."""
@@ -49,7 +51,7 @@ class Job:
     runtime: str  # a key of RUNTIMES
     model: str  # what `assets.load_model` takes
     gguf: str | None  # the model's GGUF file, for runtimes that read nothing else
-    weights: str  # "bf16", "int8", or a type of GGUF files such as "q8_0"
+    weights: str  # "bf16", a format such as "int8", or a type of GGUF files such as "q8_0"
     sparsity: float
     threads: int
     folder: str
@@ -66,12 +68,14 @@ class Torch:
         inductor_config.freezing = job.runtime == "frozen"  # Inductor's own kernels for int8 weights need constants
         self._job = job
         self._model, _ = assets.load_model(job.model, torch.bfloat16)
-        if job.weights == "int8":
+        if job.weights == "int8" and job.runtime != "larosa":
             torchao = importlib.import_module("torchao.quantization")
             torchao.quantize_(self._model, torchao.Int8WeightOnlyConfig())
         self._arguments: dict[str, Any] = {}
         if job.runtime == "larosa":
-            self._arguments = {"backend": "larosa", "options": {"recipe": self._recipe().with_sparsity(job.sparsity)}}
+            recipe = self._recipe().with_sparsity(job.sparsity)
+            recipe = recipe.with_weights(job.weights if job.weights in FORMATS else OWN_DTYPE)
+            self._arguments = {"backend": "larosa", "options": {"recipe": recipe}}
         self._compiled: Any = torch.compile(self._model, **self._arguments)
 
     def decode(self, tokens: int) -> list[float]:
