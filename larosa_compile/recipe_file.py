@@ -1,7 +1,7 @@
 """The file a recipe lives in: one safetensors file that any safetensors reader can open.
 
-Tensors: the rotations by basis key, and the spectrum of each as "KEY spectrum". Metadata (strings): "format", "schema", "digest", and "header", the JSON
-of everything else. What the header means is known to `recipe.py` only.
+Tensors: the rotations by basis key, and the spectrum of each as "KEY spectrum". Metadata (strings): "format",
+"schema", "digest", and "header", the JSON of everything else. What the header means is known to `recipe.py` only.
 """
 
 import json
@@ -100,8 +100,8 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
         )
     if metadata.get("schema") not in READABLE:
         raise RecipeError(
-            f"{path} has recipe schema {metadata.get('schema')!r}, this version reads {' and '.join(map(repr, READABLE))}; "
-            "upgrade larosa-compile, or calibrate again"
+            f"{path} has recipe schema {metadata.get('schema')!r}, this version reads "
+            f"{' and '.join(map(repr, READABLE))}; upgrade larosa-compile, or calibrate again"
         )
 
 
