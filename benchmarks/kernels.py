@@ -26,11 +26,11 @@ from torch.compiler import config as compiler_config
 
 import larosa_compile.kernels.lowering  # noqa: F401  (registers the lowerings of larosa:: ops)
 from benchmarks import measure
-from benchmarks.measure import Bandwidth
 from benchmarks.shapes import SHAPES
 from larosa_compile.decoding import Spread
 from larosa_compile.kernels import ops
 from larosa_compile.kernels.digest import source_digest
+from larosa_compile.machine import Bandwidth
 from larosa_compile.passes.plan import kept_features
 from larosa_compile.progress import progress_bar
 

@@ -26,6 +26,7 @@ class SiteReport:
     """One product over the weights of `paths`: `kept` of `features` inputs, `outputs` outputs.
 
     read, written: the bases folded into the weight on either side; None is the model's own.
+    reads_stream, writes_stream: whether it reads a residual stream, and whether what it computes enters one.
     """
 
     paths: tuple[str, ...]
@@ -36,6 +37,8 @@ class SiteReport:
     written: str | None
     dense_bytes: int
     sparse_bytes: int
+    reads_stream: bool
+    writes_stream: bool
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,16 @@ class StreamReport:
 
 @dataclass(frozen=True)
 class OnlineReport:
-    """A rotation that is computed at run time, and the bytes of its matrix."""
+    """A rotation that is computed at run time, and the bytes of its matrix.
+
+    on_stream: whether the stream itself goes on in the basis `end`; else only sites read what is rotated.
+    """
 
     start: str | None
     end: str | None
     source: str
     bytes: int
+    on_stream: bool
 
 
 @dataclass(frozen=True)
@@ -97,9 +104,14 @@ class GraphReport:
         """Share of the dense weight bytes that one decode step does not read, rotations counted against it."""
         return 1 - self.sparse_bytes / self.dense_bytes if self.dense_bytes else 0.0
 
-    def __str__(self) -> str:
+    @property
+    def basis_names(self) -> dict[str | None, str]:
+        """Short names of the bases, Q0, Q1, …, in the order of the sites; the model's own is "own"."""
         bases = [basis for site in self.sites for basis in (site.read, site.written) if basis is not None]
-        short = {basis: f"Q{index}" for index, basis in enumerate(dict.fromkeys(bases))} | {None: "own"}
+        return {basis: f"Q{index}" for index, basis in enumerate(dict.fromkeys(bases))} | {None: "own"}
+
+    def __str__(self) -> str:
+        short = self.basis_names
         sites = _table("site", "shape", "k", "reads in", "writes in", "dense bytes", "sparse bytes")
         for site in self.sites:
             shape = f"{site.features} x {site.outputs}"
@@ -149,6 +161,7 @@ def report_of(rewritten: Rewritten, recipe: str, faults: Sequence[Refusal] = ())
     recipe: where its choices come from, in a few words. faults: what the self-check took out, and why.
     """
     plan = rewritten.plan
+    reading = {linear.path for reader in plan.facts.readers for linear in reader.group.linears}
     sites = tuple(
         SiteReport(
             tuple(linear.path for linear in folded.site.group.linears),
@@ -159,6 +172,8 @@ def report_of(rewritten: Rewritten, recipe: str, faults: Sequence[Refusal] = ())
             folded.written,
             folded.site.weight_bytes,
             folded.site.kept_bytes,
+            folded.site.linears[0].path in reading,
+            folded.site.linears[0].path in plan.facts.writers,
         )
         for folded in rewritten.sites
     )
@@ -167,7 +182,13 @@ def report_of(rewritten: Rewritten, recipe: str, faults: Sequence[Refusal] = ())
         for stream in plan.facts.streams
     )
     online = tuple(
-        OnlineReport(item.change.start, item.change.end, item.change.source.name, rewritten.folded[item.matrix].bytes)
+        OnlineReport(
+            item.change.start,
+            item.change.end,
+            item.change.source.name,
+            rewritten.folded[item.matrix].bytes,
+            bool(item.change.users),
+        )
         for item in rewritten.online
     )
     planned = {path for site in sites for path in site.paths}
