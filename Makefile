@@ -16,7 +16,7 @@ install: $(INSTALLED) $(FETCHED)
 $(INSTALLED): pyproject.toml
 	$(PYTHON3) -m venv $(VENV)
 	$(PYTHON) -m pip install "torch==2.13.0"
-	$(PYTHON) -m pip install -e ".[dev,gguf,report]"
+	$(PYTHON) -m pip install -e ".[dev,gguf]"
 	touch $@
 
 # A stamp of its own: the model is no reason to fetch again when only a dependency changed.

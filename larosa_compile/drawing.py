@@ -23,7 +23,8 @@ OWN, ALTERNATING = "#8b95a1", ("#0f766e", "#b45309")
 """Colours of the model's own basis and of the others, in turns: neighbours have to differ, no more."""
 
 _STYLE = (
-    ".larosa-stream text{font:11px system-ui,sans-serif;fill:#1f2933}.larosa-stream .small{font-size:9.5px;fill:#52606d}"
+    ".larosa-stream text{font:11px system-ui,sans-serif;fill:#1f2933}"
+    ".larosa-stream .small{font-size:9.5px;fill:#52606d}"
     ".larosa-stream .bold{font-weight:600}.larosa-stream .right{text-anchor:end}"
     ".larosa-stream .middle{text-anchor:middle}"
 )

@@ -116,7 +116,7 @@ def known_panels(graph: GraphReport, recipe: Recipe) -> list[Panel]:
         ),
         Panel(
             "Bytes by layer",
-            "Rotations are counted in the layer whose basis they lead to. What is in no layer is in the table only.",
+            "Rotations are counted in the layer whose basis they lead to. The table has what belongs to no layer.",
             plots.bytes_by_layer(layers),
             ("layer", "dense MB", "sparse MB", "of that rotations"),
             tuple(
@@ -178,16 +178,15 @@ def spectrum_panels(graph: GraphReport, recipe: Recipe) -> list[Panel]:
 
 def perplexity_panel(measured: curves.Perplexities) -> Panel:
     """Perplexity against sparsity."""
-    rows = (("dense", f"{measured.dense:.2f}", ""),) + tuple(
-        (f"{100 * sparsity:g} %", f"{value:.2f}", f"{value - measured.dense:+.2f}")
-        for sparsity, value in measured.sparse.items()
-    )
+    rows = [("dense", f"{measured.dense:.2f}", "")]
+    for sparsity, value in measured.sparse.items():
+        rows.append((f"{100 * sparsity:g} %", f"{value:.2f}", f"{value - measured.dense:+.2f}"))
     return Panel(
         "Perplexity against sparsity",
         f"Measured: {measured.protocol}.",
         plots.perplexity(measured),
         ("nominal sparsity", "perplexity", "gap"),
-        rows,
+        tuple(rows),
     )
 
 

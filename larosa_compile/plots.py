@@ -20,10 +20,13 @@ SERIES = (ACCENT, SECOND, "#1d4ed8", "#7c3aed", "#be185d", "#4d7c0f")
 MARKERS = "osD^vP"
 """Beside the colours, for whoever cannot tell those apart."""
 
-WIDTH, HEIGHT = 4.6, 2.9
+NAME_COLUMNS, LEGEND_COLUMNS = 19, 40
+"""Characters of a name beside an axis and in a legend."""
+
+WIDTH, HEIGHT = 4.3, 2.8
 """Inches, 72 units of the drawing each: about a telephone's width, so that text keeps its size there."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and copied
     "font.family": "sans-serif",
     "font.size": 10,
@@ -76,9 +79,7 @@ def _inline(svg: str, name: str, title: str) -> str:
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    return re.sub(
-        r"<svg([^>]*)>", rf'<svg\1 role="img"><title>{escape(title)}</title>', svg, count=1, flags=re.DOTALL
-    )
+    return re.sub(r"<svg([^>]*)>", rf'<svg\1 role="img"><title>{escape(title)}</title>', svg, count=1, flags=re.DOTALL)
 
 
 def bytes_by_kind(tallies: Sequence[Tally]) -> str:
@@ -130,15 +131,20 @@ def sparsity_by_layer(report: GraphReport, tallies: Sequence[Tally]) -> str:
     layers = [tally.name for tally in tallies if tally.name != OUTSIDE]
 
     def draw(axes: "Axes") -> None:
-        points: dict[str, list[tuple[int, float]]] = {}
+        points: dict[str, list[tuple[int, int]]] = {}
         for site in report.sites:
             layer = layer_of(site.paths[0])
             if layer != OUTSIDE:
                 dropped = 100 * (1 - site.kept / site.features)
-                points.setdefault(local_name(site.paths), []).append((layers.index(layer), dropped))
-        for index, (name, found) in enumerate(points.items()):
-            style = {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
-            axes.plot(*zip(*found, strict=True), linestyle="none", markersize=4, label=_broken(name, 30), **style)
+                points.setdefault(local_name(site.paths), []).append((layers.index(layer), round(dropped)))
+        # kinds that drop the same everywhere would hide each other
+        together: dict[tuple[tuple[int, int], ...], list[str]] = {}
+        for name, found in points.items():
+            together.setdefault(tuple(found), []).append(name)
+        for index, (places, names) in enumerate(together.items()):
+            style: dict[str, Any] = {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
+            label = "\n".join(_broken(name, LEGEND_COLUMNS) for name in names)
+            axes.plot(*zip(*places, strict=True), linestyle="none", markersize=4, label=label, **style)
         skipped = [100 * (1 - tally.sparse / tally.dense) for tally in tallies if tally.name != OUTSIDE]
         axes.plot(range(len(layers)), skipped, color=INK, linewidth=1.4, label="bytes skipped in the layer")
         axes.set_ylim(min([0, *skipped]), 100)
@@ -176,7 +182,9 @@ def energy_kept(names: Sequence[str], kept: Sequence[float], shares: Sequence[fl
 
     def draw(axes: "Axes") -> None:
         places = range(len(names))
-        axes.plot(places, [100 * value for value in kept], "o", color=ACCENT, markersize=4, label="energy kept, at least")
+        axes.plot(
+            places, [100 * value for value in kept], "o", color=ACCENT, markersize=4, label="energy kept, at least"
+        )
         axes.plot(places, [100 * value for value in shares], "_", color=SECOND, label="components kept")
         axes.set_ylim(0, 105)
         axes.set_xlabel("basis, in the order of the graph")
@@ -191,11 +199,14 @@ def perplexity(measured: Perplexities) -> str:
     """Perplexity against nominal sparsity; the dense model is a dashed line."""
 
     def draw(axes: "Axes") -> None:
+        from matplotlib.ticker import LogLocator
+
         sparsities, values = zip(*measured.sparse.items(), strict=True)
         axes.plot([100 * one for one in sparsities], values, "o-", color=ACCENT, label="sparse")
         axes.axhline(measured.dense, color=MUTED, linestyle="--", linewidth=1, label=f"dense, {measured.dense:.4g}")
         if max(values) > 8 * measured.dense:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             _plain_ticks(axes.yaxis)
         axes.set_xlim(left=0)
         axes.set_xlabel("nominal sparsity, %")
@@ -214,7 +225,9 @@ def speed(measured: Speeds) -> str:
         medians = [1 / variant.seconds.median for variant in sparse]
         below = [1 / variant.seconds.median - 1 / variant.seconds.maximum for variant in sparse]
         above = [1 / variant.seconds.minimum - 1 / variant.seconds.median for variant in sparse]
-        axes.errorbar(at, medians, [below, above], fmt="o-", color=ACCENT, capsize=2, label="larosa, median and extremes")
+        axes.errorbar(
+            at, medians, [below, above], fmt="o-", color=ACCENT, capsize=2, label="larosa, median and extremes"
+        )
         axes.axhline(1 / dense.seconds.median, color=MUTED, linestyle="--", linewidth=1, label="torch.compile, dense")
         limits = [(100 * (variant.sparsity or 0), 1 / measured.bound_s(variant)) for variant in measured.variants]
         axes.plot(*zip(*limits, strict=True), color=SECOND, linestyle=":", label="limit of memory bandwidth")
@@ -235,12 +248,13 @@ def _whole_ticks(axes: "Axes") -> None:
 
 def _plain_ticks(axis: Any) -> None:
     """Numbers instead of powers of ten, which mathematical text would spell with fonts of its own."""
-    from matplotlib.ticker import StrMethodFormatter
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
-def _broken(name: str, columns: int = 17) -> str:
+def _broken(name: str, columns: int = NAME_COLUMNS) -> str:
     """A name on at most two lines, the middle of what does not fit left out."""
     import textwrap
 

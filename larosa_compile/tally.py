@@ -52,13 +52,16 @@ def by_kind(report: GraphReport) -> list[Tally]:
 
 
 def by_layer(report: GraphReport) -> list[Tally]:
-    """Every layer with its sites and the rotations that lead to its bases; what is in no layer comes last."""
+    """Every layer with its sites and the rotations that lead to its bases; what is in no layer comes last.
+
+    A rotation back to the model's own basis leads to no layer.
+    """
     tallies = {layer_of(site.paths[0]): Tally(layer_of(site.paths[0])) for site in report.sites} | {OUTSIDE: Tally("")}
     for site in report.sites:
         layer = layer_of(site.paths[0])
         tallies[layer] = _with(tallies[layer], site)
     for item in report.online:
-        layer = layer_of(item.end or item.start or "")
+        layer = layer_of(item.end or "")
         layer = layer if layer in tallies else OUTSIDE
         old = tallies[layer]
         tallies[layer] = Tally(old.name, old.dense, old.sparse + item.bytes, old.rotations + item.bytes)
