@@ -1,5 +1,6 @@
 """`torch.compile(model, backend="larosa")`."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,6 @@ import larosa_compile.kernels.lowering  # noqa: F401  (registers the lowerings o
 from larosa_compile import registry
 from larosa_compile.capture import Boxed, Captured, boxed, capture
 from larosa_compile.config import Config
-from larosa_compile.dump import GraphDump
 from larosa_compile.errors import MissingRecipeError
 from larosa_compile.kernels.digest import source_digest
 from larosa_compile.passes.graph import Refusal
@@ -21,6 +21,7 @@ from larosa_compile.recipe import Recipe, SiteRecipe
 from larosa_compile.released import check_not_released, is_released
 from larosa_compile.report import described, report_of
 from larosa_compile.self_check import find_fault
+from larosa_compile.trace import Trace
 from larosa_compile.weights import FoldedWeights
 
 
@@ -40,46 +41,55 @@ def larosa(
         InferenceOnlyError: gradients are enabled.
         ReleasedWeightsError: a weight that this graph needs was released after another was compiled.
     """
+    started = time.perf_counter()
     config = Config.from_options(options)
     inductor_options = torch._inductor.list_mode_options(mode) if mode else {}
 
     def compile_graph(captured: Captured) -> Boxed:
-        return _compile(captured, config)
+        return _compile(captured, config, started)
 
     return capture(graph, example_inputs, compile_graph, inductor_options)
 
 
-def _compile(captured: Captured, config: Config) -> Boxed:
+def _compile(captured: Captured, config: Config, started: float) -> Boxed:
     recipe = _recipe(config, captured)
     if recipe is None:
         # not a single parameter: nothing to read less of
         return _lower(captured, captured.fakes, captured.compile_arguments, config)
     captured = captured.renamed(recipe.locate(captured.shapes))
-    dump = GraphDump.start(config.dump)
+    trace = Trace(config.dump, started)
     choices: dict[str, SiteRecipe] = dict(recipe.sites)
     faults: list[Refusal] = []
     # a model whose weights were released was checked, or not, when they were folded
     checked = config.self_check and not any(map(is_released, captured.tensors.values()))
     while True:
         attempt = captured.copy() if checked else captured
-        rewritten = rewrite(attempt.graph, choices, captured.fake_mode, dump.graph)
+        rewritten = rewrite(attempt.graph, choices, captured.fake_mode, trace.graph)
         streaming = config.release_originals and not checked
-        weights = FoldedWeights(list(rewritten.folded.values()), attempt, recipe, release=streaming)
-        fault = find_fault(captured, attempt, rewritten, weights.tensors, recipe) if checked else None
+        with trace.stage("fold weights"):
+            weights = FoldedWeights(list(rewritten.folded.values()), attempt, recipe, release=streaming)
+        with trace.stage("self-check"):
+            fault = find_fault(captured, attempt, rewritten, weights.tensors, recipe) if checked else None
         if fault is None or not choices:
             break
         faulty = fault.sites & choices.keys() or choices.keys()
         faults += [Refusal(path, fault.reason) for path in sorted(faulty)]
         choices = {path: choice for path, choice in choices.items() if path not in faulty}
     report = report_of(rewritten, described(recipe), faults)
-    dump.text("report", str(report))
+    trace.plan(rewritten.plan)
+    trace.report(report)
     registry.add_report(captured.tensors.values(), report)
-    if fault is not None:
-        # not even the graph without a site agrees, so the graph that was captured is the one to run
-        return _lower(captured, captured.fakes, captured.compile_arguments, config)
-    if config.release_originals:
+    if config.release_originals and fault is None:
         weights.release()
-    return _with_folded_weights(attempt, weights, config)
+    with trace.stage(config.lowering):
+        if fault is not None:
+            # not even the graph without a site agrees, so the graph that was captured is the one to run
+            compiled = run = _lower(captured, captured.fakes, captured.compile_arguments, config)
+        else:
+            compiled, run = _with_folded_weights(attempt, weights, config)
+    trace.generated(compiled)
+    trace.done(report)
+    return run
 
 
 def _recipe(config: Config, captured: Captured) -> Recipe | None:
@@ -92,8 +102,9 @@ def _recipe(config: Config, captured: Captured) -> Recipe | None:
     return recipe
 
 
-def _with_folded_weights(captured: Captured, weights: FoldedWeights, config: Config) -> Boxed:
-    """Compiles a rewritten graph; the callable drops the inputs it no longer reads and appends the folded ones."""
+def _with_folded_weights(captured: Captured, weights: FoldedWeights, config: Config) -> tuple[Boxed, Boxed]:
+    """Compiles a rewritten graph: what was compiled, and the callable around it, which drops the inputs that are no
+    longer read and appends the folded ones."""
     graph = captured.graph.graph
     count = len(captured.fakes)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -122,7 +133,7 @@ def _with_folded_weights(captured: Captured, weights: FoldedWeights, config: Con
         inputs.clear()
         return compiled([*read, *folded])
 
-    return run
+    return compiled, run
 
 
 def _lower(captured: Captured, fakes: list[Any], arguments: dict[str, Any], config: Config) -> Boxed:

@@ -47,7 +47,10 @@ def rewrite(
     """Runs every pass on `graph` in place. `choices`: parameter path -> what the recipe says of that site."""
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     observe("input", graph.graph)
-    plan = make_plan(facts_of(graph, fake_mode), choices)
+    facts = facts_of(graph, fake_mode)
+    observe("analyse", graph.graph)
+    plan = make_plan(facts, choices)
+    observe("plan", graph.graph)
     editor = GraphEditor(graph, fake_mode)
 
     def finish(stage: str) -> None:
