@@ -1,7 +1,7 @@
 """A drawing of a residual stream with its rotations: one SVG, layers from top to bottom, no script and no fonts."""
 
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
@@ -20,7 +20,7 @@ TITLE_COLUMNS, NAME_COLUMNS, REASON_COLUMNS = 50, 34, 50
 """Characters that fit beside each other: in the title, and in a box."""
 
 OWN, ALTERNATING = "#8b95a1", ("#0f766e", "#b45309")
-"""Colours of the model's own basis and of the others, in turns: neighbours have to differ, no more."""
+"""Colours of the model's own basis and of the others, in turns along the stream: neighbours differ."""
 
 _STYLE = (
     ".larosa-stream text{font:11px system-ui,sans-serif;fill:#1f2933}"
@@ -29,6 +29,23 @@ _STYLE = (
     ".larosa-stream .middle{text-anchor:middle}"
 )
 _LEGEND = "box: inputs kept of all; dot: a rotation computed at run time; Q: a basis"
+
+
+@dataclass(frozen=True)
+class _Bases:
+    """How bases are shown: their short names, and their colours."""
+
+    names: dict[str | None, str]
+    colours: dict[str | None, str]
+
+    @classmethod
+    def of(cls, report: GraphReport) -> "_Bases":
+        met = [_first_basis(report), *(item.end for item in report.online), *report.basis_names]
+        order = [basis for basis in dict.fromkeys(met) if basis is not None]
+        colours = {basis: ALTERNATING[index % 2] for index, basis in enumerate(order)}
+        return cls(
+            report.basis_names | {key: key for key in order if key not in report.basis_names}, {None: OWN, **colours}
+        )
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,7 @@ def draw_streams(report: GraphReport) -> str:
     Down the left runs the stream, coloured by the basis it is in. To its right stand sites, filled as far as inputs
     are kept, and what stays dense, with the reason. Dots are rotations that are computed at run time.
     """
-    bases = report.basis_names
+    bases = _Bases.of(report)
     title = "; ".join(map(str, report.streams)) or "no residual stream"
     parts, lines = [], []
     heading = [
@@ -56,16 +73,16 @@ def draw_streams(report: GraphReport) -> str:
     ]
     y = 16 * len(heading) + ROW
     started, basis = y - 10, _first_basis(report)
-    for row in _rows(report, basis):
+    for row in _rows(report, bases, basis):
         middle = y + row.height // 2
         if row.basis != basis:
-            lines.append(_line(started, middle, _colour(basis, bases)))
+            lines.append(_line(started, middle, bases.colours[basis]))
             started, basis = middle, row.basis
         parts.append(f'<g transform="translate(0 {y})">{row.svg}</g>')
         y += row.height
     end = y + 12
-    lines.append(_line(started, end, _colour(basis, bases)))
-    tip = f'<path d="M{STREAM - 6} {end}h12l-6 9z" fill="{_colour(basis, bases)}"/>'
+    lines.append(_line(started, end, bases.colours[basis]))
+    tip = f'<path d="M{STREAM - 6} {end}h12l-6 9z" fill="{bases.colours[basis]}"/>'
     head = "".join(_text(8, 16 * line, said, kind) for line, (said, kind) in enumerate(heading, 1))
     height = end + ROW
     return (
@@ -82,25 +99,25 @@ def _first_basis(report: GraphReport) -> str | None:
     return next((site.read for site in report.sites if site.reads_stream), None)
 
 
-def _rows(report: GraphReport, basis: str | None) -> Iterator[_Row]:
+def _rows(report: GraphReport, bases: _Bases, basis: str | None) -> Iterator[_Row]:
     """What stands along the stream, which starts in `basis`."""
-    names, waiting, refusals = report.basis_names, list(report.online), list(report.refusals)
+    waiting, refusals = list(report.online), list(report.refusals)
     for layer, sites in groupby(report.sites, lambda site: layer_of(site.paths[0])):
         yield _Row(_text(BOX, ROW - 6, layer or "outside layers", "bold"), ROW + 2, basis)
         for site in sites:
             if site.reads_stream and site.read != basis:
                 for item in _up_to(waiting, site.read):
                     basis = item.end if item.on_stream else basis
-                    yield _rotation(item, names, basis)
+                    yield _rotation(item, bases, basis)
                 if all(item.on_stream for item in report.online):
                     basis = site.read
-            yield _Row(_site(site, names), ROW, basis)
+            yield _Row(_site(site, bases), ROW, basis)
         here = [refusal for refusal in refusals if layer != OUTSIDE and layer_of(refusal.site) == layer]
         yield from (_refusal(refusal, basis) for refusal in here)
         refusals = [refusal for refusal in refusals if refusal not in here]
     for item in waiting:
         basis = item.end if item.on_stream else basis
-        yield _rotation(item, names, basis)
+        yield _rotation(item, bases, basis)
     if refusals:
         yield _Row(_text(BOX, ROW - 6, "elsewhere", "bold"), ROW + 2, basis)
     yield from (_refusal(refusal, basis) for refusal in refusals)
@@ -114,10 +131,10 @@ def _up_to(waiting: list[OnlineReport], end: str | None) -> list[OnlineReport]:
     return taken
 
 
-def _rotation(item: OnlineReport, names: dict[str | None, str], basis: str | None) -> _Row:
+def _rotation(item: OnlineReport, bases: _Bases, basis: str | None) -> _Row:
     x = STREAM if item.on_stream else (STREAM + BOX) // 2
-    colour = _colour(item.end, names)
-    said = f"{names.get(item.start, item.start)} → {names.get(item.end, item.end)}"
+    colour = bases.colours[item.end]
+    said = f"{bases.names[item.start]} → {bases.names[item.end]}"
     branch = "" if item.on_stream else f'<path d="M{STREAM} 12H{BOX}" stroke="{colour}"/>'
     hint = f"{item.start or 'own'} to {item.end or 'own'}, after {item.source}"
     return _Row(
@@ -130,7 +147,7 @@ def _rotation(item: OnlineReport, names: dict[str | None, str], basis: str | Non
     )
 
 
-def _site(site: SiteReport, names: dict[str | None, str]) -> str:
+def _site(site: SiteReport, bases: _Bases) -> str:
     width = EDGE - BOX
     kept = width * site.kept / site.features
     hint = (
@@ -140,16 +157,16 @@ def _site(site: SiteReport, names: dict[str | None, str]) -> str:
     )
     arrows = ""
     if site.reads_stream:
-        colour = _colour(site.read, names)
+        colour = bases.colours[site.read]
         arrows += (
             f'<path d="M{STREAM} 12H{BOX - 6}" stroke="{colour}"/><path d="M{BOX - 7} 8l7 4l-7 4z" fill="{colour}"/>'
         )
-        arrows += _text((STREAM + BOX) // 2, 8, names[site.read], "small middle")
+        arrows += _text((STREAM + BOX) // 2, 8, bases.names[site.read], "small middle")
     if site.writes_stream:
-        colour, y = _colour(site.written, names), 16 if site.reads_stream else 12
+        colour, y = bases.colours[site.written], 16 if site.reads_stream else 12
         arrows += f'<path d="M{STREAM + 7} {y}H{BOX}" stroke="{colour}"/>'
         arrows += f'<path d="M{STREAM + 10} {y - 4}l-7 4l7 4z" fill="{colour}"/>'
-        arrows += _text((STREAM + BOX) // 2 + 4, y - 4, names[site.written], "small middle")
+        arrows += _text((STREAM + BOX) // 2 + 4, y - 4, bases.names[site.written], "small middle")
     return (
         f"<g><title>{escape(hint)}</title>{arrows}"
         f'<rect x="{BOX}" y="2" width="{width}" height="20" rx="3" fill="#fff" stroke="#b8c1cb"/>'
@@ -182,11 +199,6 @@ def _text(x: float, y: float, said: str, classes: str = "") -> str:
 
 def _line(start: float, end: float, colour: str) -> str:
     return f'<path d="M{STREAM} {start}V{end}" stroke="{colour}" stroke-width="4"/>'
-
-
-def _colour(basis: str | None, names: dict[str | None, str]) -> str:
-    known: Iterable[str | None] = names
-    return OWN if basis is None else ALTERNATING[list(known).index(basis) % 2]
 
 
 def _shortened(said: str, columns: int) -> str:

@@ -30,6 +30,9 @@ SUBSTITUTIONS = {
 PLACEHOLDERS = {"MODEL": "tiny", "RECIPE": "smollm2.larosa.safetensors", "FILE": "text.txt"}
 """Words of a command line that stand for a reader's own."""
 
+SHORTER = {"bench": ["--tokens", "2", "--rounds", "1"], "generate": ["-n", "4"], "explain": ["--windows", "1"]}
+"""Options that are added to a command: less of the same."""
+
 LARGEST_IMAGE = 300_000
 """Bytes."""
 
@@ -90,7 +93,9 @@ def run_commands(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             for name, value in variables.items():
                 patch.setenv(name, value)
-            result = CliRunner().invoke(app, [PLACEHOLDERS.get(word, word) for word in arguments])
+            result = CliRunner().invoke(
+                app, [PLACEHOLDERS.get(word, word) for word in arguments + SHORTER.get(arguments[0], [])]
+            )
         assert result.exit_code == 0, f"{line}\n{result.output}"
         torch._dynamo.reset()
 
