@@ -42,10 +42,9 @@ class _Bases:
     def of(cls, report: GraphReport) -> "_Bases":
         met = [_first_basis(report), *(item.end for item in report.online), *report.basis_names]
         order = [basis for basis in dict.fromkeys(met) if basis is not None]
-        colours = {basis: ALTERNATING[index % 2] for index, basis in enumerate(order)}
-        return cls(
-            report.basis_names | {key: key for key in order if key not in report.basis_names}, {None: OWN, **colours}
-        )
+        colours: dict[str | None, str] = {None: OWN}
+        colours |= {basis: ALTERNATING[index % 2] for index, basis in enumerate(order)}
+        return cls(report.basis_names | {key: key for key in order if key not in report.basis_names}, colours)
 
 
 @dataclass(frozen=True)

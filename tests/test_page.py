@@ -148,6 +148,7 @@ def test_without_matplotlib_the_error_says_what_to_install(recipe: Recipe, monke
         page.known_panels(tiny_report("llama"), recipe)
 
 
+@pytest.mark.slow  # the guide to the page runs the same command, with less to look at
 def test_the_command_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With everything measured; nothing goes through Inductor, and no more is timed than it takes to see it is."""
     from_options, torch_compile = Config.from_options, torch.compile
