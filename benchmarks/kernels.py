@@ -30,7 +30,7 @@ from benchmarks.shapes import SHAPES
 from larosa_compile.decoding import Spread
 from larosa_compile.kernels import ops
 from larosa_compile.kernels.digest import source_digest
-from larosa_compile.machine import Bandwidth
+from larosa_compile.machine import READ_BYTES, Bandwidth
 from larosa_compile.passes.plan import kept_features
 from larosa_compile.progress import progress_bar
 
@@ -79,7 +79,7 @@ def measured(
     sparsities: Sequence[float],
     rows: int,
     rounds: int,
-    weight_bytes: int = measure.READ_BYTES,
+    weight_bytes: int = READ_BYTES,
 ) -> list[dict[str, Any]]:
     """A record per sparsity. `weight_bytes`: what the copies of the weight take at least."""
     features, columns = size

@@ -12,7 +12,7 @@ import torch
 
 import larosa_compile
 from benchmarks import demo, measure
-from larosa_compile import decoding
+from larosa_compile import decoding, machine
 from larosa_compile.decoding import Spread
 from larosa_compile.evaluation import next_token_losses, perplexity
 from tests.support.models import tiny_model, token_ids
@@ -31,7 +31,7 @@ def test_no_measurement_has_no_spread() -> None:
 
 
 def test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "READ_BYTES", 2**20)
+    monkeypatch.setattr(machine, "READ_BYTES", 2**20)
     meta = measure.machine()
     assert set(meta) == {
         *("device", "cpu_capability", "cpu_flags", "threads", "torch", "triton", "transformers"),
