@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 ASSETS := $(or $(LAROSA_ASSETS),.cache/assets)
 FETCHED := $(ASSETS)/.fetched
 
-.PHONY: install demo test check lint clean
+.PHONY: install demo test check lint browser clean
 
 install: $(INSTALLED) $(FETCHED)
 
@@ -37,6 +37,11 @@ test: install lint
 	$(PYTHON) -m pytest -n logical --dist loadfile
 
 check: test
+
+# A browser for the tests that look at the report page; without one they are skipped, and say so. Needs the right to
+# install packages, and a distribution that has this one.
+browser:
+	command -v chromium chromium-browser google-chrome || { apt-get update && apt-get install -y chromium; }
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -29,6 +29,7 @@ from torch._inductor.utils import fresh_cache
 from benchmarks import decoding, measure, shapes
 from benchmarks.decoding import GROUPS, VARIANTS, Subject, Variant
 from larosa_compile.decoding import ROOM, Prompt, compare
+from larosa_compile.machine import Bandwidth
 from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import Recipe
 
@@ -89,7 +90,7 @@ def together(arguments: argparse.Namespace, name: str) -> tuple[list[dict[str, A
 def speeds(subject: Subject, context: int, sizes: dict[Variant, int], tokens: int, rounds: int) -> list[dict[str, Any]]:
     """A record per variant, from one comparison in this process. `sizes`: the bytes that a token reads."""
     forwards = {str(variant): variant.forward(subject.model, subject.recipe) for variant in sizes}
-    bandwidth, graphs = measure.Bandwidth(), list[int]()
+    bandwidth, graphs = Bandwidth(), list[int]()
 
     def between() -> None:
         bandwidth.sample()

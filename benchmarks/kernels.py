@@ -28,12 +28,12 @@ from torch.compiler import config as compiler_config
 
 import larosa_compile.kernels.lowering  # noqa: F401  (registers the lowerings of larosa:: ops)
 from benchmarks import measure
-from benchmarks.measure import Bandwidth
 from benchmarks.shapes import SHAPES
 from larosa_compile.decoding import Spread
 from larosa_compile.kernels import ops
 from larosa_compile.kernels.digest import source_digest
 from larosa_compile.kernels.formats import FORMATS, PACKED_DTYPE, WeightFormat, pack
+from larosa_compile.machine import READ_BYTES, Bandwidth
 from larosa_compile.passes.plan import kept_features
 from larosa_compile.progress import progress_bar
 
@@ -83,7 +83,7 @@ def measured(
     sparsities: Sequence[float],
     rows: int,
     rounds: int,
-    weight_bytes: int = measure.READ_BYTES,
+    weight_bytes: int = READ_BYTES,
 ) -> list[dict[str, Any]]:
     """A record per sparsity. `weight_bytes`: what the copies of the weight take at least."""
     features, columns = size

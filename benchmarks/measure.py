@@ -4,13 +4,10 @@ import argparse
 import datetime
 import importlib.util
 import json
-import platform
 import re
 import resource
 import statistics
 import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,33 +16,9 @@ from typing import Any
 import torch
 import transformers
 
-from larosa_compile.decoding import Spread
-
-READ_BYTES = 256 * 2**20
-"""Larger than any last-level cache this is run on."""
+from larosa_compile.machine import Bandwidth, cpuinfo, device_name
 
 _VECTOR_FLAG = re.compile(r"avx2|avx512\w*|amx\w*|asimd|neon|sve\w*")
-
-
-class Bandwidth:
-    """Read bandwidth, sampled between other measurements: on a shared machine it moves while they run.
-
-    A sample also leaves nothing of what ran before it in the caches.
-    """
-
-    def __init__(self) -> None:
-        self._buffer = torch.ones(READ_BYTES // 4)
-        self._samples: list[float] = []
-        self._buffer.sum()  # the first pass over new memory is a slow one
-
-    def sample(self) -> None:
-        """Sums the buffer once."""
-        self._samples.append(READ_BYTES / _seconds(self._buffer.sum) / 1e9)
-
-    def taken(self) -> Spread:
-        """10⁹ bytes per second over the samples since this was last asked for."""
-        samples, self._samples = self._samples, []
-        return Spread.of(samples)
 
 
 def bandwidth_gb_s(repeats: int = 7) -> float:
@@ -63,12 +36,6 @@ def peak_rss_mb() -> float:
     peaks = [int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM")]
     # ru_maxrss second: on Linux a process begins with that of the one that started it
     return peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -92,9 +59,9 @@ def machine() -> dict[str, Any]:
     """The `meta` of a benchmark file: device, its vector flags, threads, versions (triton's or None), date, commit,
     measured bandwidth."""
     return {
-        "device": _processor(),
+        "device": device_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_flags": vector_flags(_cpuinfo()),
+        "cpu_flags": vector_flags(cpuinfo()),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": metadata.version("triton") if importlib.util.find_spec("triton") else None,
@@ -141,16 +108,6 @@ def vector_flags(cpuinfo: list[str]) -> list[str]:
     """The flags of vector units in the lines of /proc/cpuinfo (x86: flags; ARM: Features)."""
     lines = [line.partition(":")[2] for line in cpuinfo if line.startswith(("flags", "Features"))]
     return sorted(flag for flag in set(lines[0].split() if lines else []) if _VECTOR_FLAG.fullmatch(flag))
-
-
-def _cpuinfo() -> list[str]:
-    file = Path("/proc/cpuinfo")
-    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-
-
-def _processor() -> str:
-    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str:

@@ -1,5 +1,6 @@
 """`torch.compile(model, backend="larosa")`."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,6 @@ import larosa_compile.kernels.lowering  # noqa: F401  (registers the lowerings o
 from larosa_compile import registry
 from larosa_compile.capture import Boxed, Captured, boxed, capture
 from larosa_compile.config import Config
-from larosa_compile.dump import GraphDump
 from larosa_compile.errors import MissingRecipeError
 from larosa_compile.kernels.digest import source_digest
 from larosa_compile.passes.graph import Refusal
@@ -22,6 +22,7 @@ from larosa_compile.recipe import Recipe, SiteRecipe
 from larosa_compile.released import check_not_released, is_released
 from larosa_compile.report import described, report_of
 from larosa_compile.self_check import find_fault
+from larosa_compile.trace import Trace
 from larosa_compile.weights import FoldedWeights
 
 
@@ -41,40 +42,49 @@ def larosa(
         InferenceOnlyError: gradients are enabled.
         ReleasedWeightsError: a weight that this graph needs was released after another was compiled.
     """
+    started = time.perf_counter()
     config = Config.from_options(options)
     inductor_options = torch._inductor.list_mode_options(mode) if mode else {}
 
     def compile_graph(captured: Captured) -> Boxed:
-        return _compile(captured, config)
+        return _compile(captured, config, started)
 
     return capture(graph, example_inputs, compile_graph, inductor_options)
 
 
-def _compile(captured: Captured, config: Config) -> Boxed:
+def _compile(captured: Captured, config: Config, started: float) -> Boxed:
     recipe = _recipe(config, captured)
     if recipe is None:
         # not a single parameter: nothing to read less of
         return _lower(captured, captured.fakes, captured.compile_arguments, config)
     captured = captured.renamed(recipe.locate(captured.shapes))
-    dump = GraphDump.start(config.dump)
+    trace = Trace(config.dump, started)
     # a model whose weights were released was checked, or not, when they were folded
     checked = config.self_check and not any(map(is_released, captured.tensors.values()))
-    made = _checked(captured, recipe, dump) if checked else _rewritten(captured, recipe, recipe.sites, dump)
+    made = _checked(captured, recipe, trace) if checked else _rewritten(captured, recipe, recipe.sites, trace)
     if recipe.packs and made.is_sound:
-        packed = pack(made.captured.graph, made.rewritten, recipe.weights, captured.fake_mode, dump.graph)
+        packed = pack(made.captured.graph, made.rewritten, recipe.weights, captured.fake_mode, trace.graph)
         made = replace(made, rewritten=packed)
     report = report_of(made.rewritten, described(recipe), made.faults, recipe.packs)
-    dump.text("report", str(report))
+    trace.plan(made.rewritten.plan)
+    trace.report(report)
     registry.add_report(captured.tensors.values(), report)
-    if not made.is_sound:
-        # not even the graph without a site agrees, so the graph that was captured is the one to run
-        return _lower(captured, captured.fakes, captured.compile_arguments, config)
-    # what the self-check ran on, `made.weights`, is still there: these are the same, or are made of them
-    release_each = config.release_originals and not checked
-    weights = FoldedWeights(list(made.rewritten.folded.values()), made.captured, recipe, release=release_each)
-    if config.release_originals:
-        weights.release()
-    return _with_folded_weights(made.captured, weights, config)
+    if made.is_sound:
+        # what the self-check ran on, `made.weights`, is still there: these are the same, or are made of them
+        release_each = config.release_originals and not checked
+        with trace.stage("fold weights"):
+            weights = FoldedWeights(list(made.rewritten.folded.values()), made.captured, recipe, release=release_each)
+        if config.release_originals:
+            weights.release()
+    with trace.stage(config.lowering):
+        if made.is_sound:
+            compiled, run = _with_folded_weights(made.captured, weights, config)
+        else:
+            # not even the graph without a site agrees, so the graph that was captured is the one to run
+            compiled = run = _lower(captured, captured.fakes, captured.compile_arguments, config)
+    trace.generated(compiled)
+    trace.done(report)
+    return run
 
 
 @dataclass(frozen=True)
@@ -88,18 +98,20 @@ class _Made:
     is_sound: bool = True
 
 
-def _rewritten(captured: Captured, recipe: Recipe, choices: Mapping[str, SiteRecipe], dump: GraphDump) -> _Made:
+def _rewritten(captured: Captured, recipe: Recipe, choices: Mapping[str, SiteRecipe], trace: Trace) -> _Made:
     """Rewrites a captured graph in place. In fewer bits, a vocabulary matrix is no table to look embeddings up in."""
-    return _Made(captured, rewrite(captured.graph, choices, captured.fake_mode, dump.graph, not recipe.packs))
+    return _Made(captured, rewrite(captured.graph, choices, captured.fake_mode, trace.graph, not recipe.packs))
 
 
-def _checked(captured: Captured, recipe: Recipe, dump: GraphDump) -> _Made:
+def _checked(captured: Captured, recipe: Recipe, trace: Trace) -> _Made:
     """Rewrites copies of a captured graph until one computes what it does when nothing is dropped."""
     choices, faults = dict(recipe.sites), list[Refusal]()
     while True:
-        made = _rewritten(captured.copy(), recipe, choices, dump)
-        weights = FoldedWeights(list(made.rewritten.folded.values()), made.captured, recipe)
-        fault = find_fault(captured, made.captured, made.rewritten, weights.tensors, recipe)
+        made = _rewritten(captured.copy(), recipe, choices, trace)
+        with trace.stage("fold weights"):
+            weights = FoldedWeights(list(made.rewritten.folded.values()), made.captured, recipe)
+        with trace.stage("self-check"):
+            fault = find_fault(captured, made.captured, made.rewritten, weights.tensors, recipe)
         if fault is None or not choices:
             return replace(made, weights=weights, faults=tuple(faults), is_sound=fault is None)
         faulty = fault.sites & choices.keys() or choices.keys()
@@ -117,8 +129,9 @@ def _recipe(config: Config, captured: Captured) -> Recipe | None:
     return recipe if recipe is None or config.weights is None else recipe.with_weights(config.weights)
 
 
-def _with_folded_weights(captured: Captured, weights: FoldedWeights, config: Config) -> Boxed:
-    """Compiles a rewritten graph; the callable drops the inputs it no longer reads and appends the folded ones."""
+def _with_folded_weights(captured: Captured, weights: FoldedWeights, config: Config) -> tuple[Boxed, Boxed]:
+    """Compiles a rewritten graph: what was compiled, and the callable around it, which drops the inputs that are no
+    longer read and appends the folded ones."""
     graph = captured.graph.graph
     count = len(captured.fakes)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -147,7 +160,7 @@ def _with_folded_weights(captured: Captured, weights: FoldedWeights, config: Con
         inputs.clear()
         return compiled([*read, *folded])
 
-    return run
+    return compiled, run
 
 
 def _lower(captured: Captured, fakes: list[Any], arguments: dict[str, Any], config: Config) -> Boxed:

@@ -90,10 +90,10 @@ def calibrate(
         if not sites:
             raise RecipeError("no linear of this model feeds a residual stream, so there is no site to make sparse")
         eigen = bar.add_task("eigenvectors", total=None)
-        rotations = moments.rotations()
+        rotations, spectra = moments.principal_components()
         bar.remove_task(eigen)
 
-    recipe = Recipe(sparsity, sites, rotations, fingerprint(model), _provenance(ids, rotation))
+    recipe = Recipe(sparsity, sites, rotations, fingerprint(model), _provenance(ids, rotation), spectra)
     if held_out is not None:
         from larosa_compile.search import best_coefficients
 

@@ -37,6 +37,10 @@ class InferenceOnlyError(LarosaError, RuntimeError):
     """A gradient was asked for; sparsified graphs are for inference only."""
 
 
+class MissingPackageError(LarosaError, ImportError):
+    """An optional package is needed here and not installed."""
+
+
 class ModelError(LarosaError, RuntimeError):
     """A model or its tokenizer cannot be loaded, or cannot do what was asked of it."""
 

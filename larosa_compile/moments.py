@@ -21,19 +21,31 @@ class Moments:
         total = self.sums.setdefault(basis, torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64))
         total.addmm_(x.T.to(total.device), x.to(total.device))
 
-    def rotations(self) -> dict[str, Tensor]:
-        """Q per basis, [d, d] float32: eigenvectors of the moment, eigenvalues descending (paper: equation 5).
+    def principal_components(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Rotations and spectra by basis.
+
+        Rotations: Q, [d, d] float32: eigenvectors of the moment, eigenvalues descending (paper: equation 5).
 
         The paper's damping by a multiple of the identity moves eigenvalues only, so it is left out. Signs are
         fixed (largest entry of a column positive) so that equal moments give equal files.
+
+        Spectra: [d] float32, the eigenvalues over their sum: the share of the energy `Σ x²` along each column.
         """
-        return {basis: _descending_eigenvectors(total).float() for basis, total in self.sums.items()}
+        rotations, spectra = {}, {}
+        for basis, total in self.sums.items():
+            values, vectors = _descending_eigen(total)
+            rotations[basis] = vectors.float()
+            # rounding makes a zero eigenvalue slightly negative
+            energy = values.clamp_min(0)
+            spectra[basis] = (energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)).float()
+        return rotations, spectra
 
 
-def _descending_eigenvectors(moment: Tensor) -> Tensor:
-    vectors: Tensor = torch.linalg.eigh(moment).eigenvectors.flip(1)
+def _descending_eigen(moment: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(moment)
+    vectors = vectors.flip(1)
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * largest.sign()
+    return values.flip(0), vectors * largest.sign()
 
 
 def observe(facts: GraphFacts, choices: Mapping[str, SiteChoice], moments: Moments) -> None:

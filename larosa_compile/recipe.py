@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,6 +27,7 @@ from larosa_compile.recipe_checks import (
     checked_number,
     checked_rotation,
     checked_sparsity,
+    checked_spectrum,
 )
 
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
@@ -81,12 +82,14 @@ class Recipe:
             Rows rotate as `x @ Q`. Kept on the CPU, contiguous.
         parameters: parameter path -> shape of the calibrated model, its fingerprint.
         calibration: provenance (tokens, digest of the text, versions, ...), anything JSON can hold.
+        spectra: by basis key, each column's share of the energy `Σ x²` of what was calibrated on, `[d]` float32.
+            Nothing computes with them; recipes of older files have none.
         weights: in which format compiled graphs read the sites' weights: "model", the model's own dtype, or a name in
             `kernels.formats.FORMATS`.
 
     Raises:
         RecipeError: a number is not finite or out of range, a Q is not square, float32 and orthogonal, a
-            site names a basis that is missing or that does not fit the site's weight.
+            spectrum does not fit its Q, a site names a basis that is missing or that does not fit the site's weight.
     """
 
     sparsity: float
@@ -94,6 +97,7 @@ class Recipe:
     rotations: Mapping[str, Tensor]
     parameters: Mapping[str, tuple[int, ...]]
     calibration: Mapping[str, JSON]
+    spectra: Mapping[str, Tensor] = field(default_factory=dict)
     weights: str = OWN_DTYPE
 
     def __post_init__(self) -> None:
@@ -105,12 +109,14 @@ class Recipe:
         except (TypeError, ValueError) as error:
             raise RecipeError(f"calibration must hold finite JSON values only: {error}") from error
         _check_sites(self.sites, rotations, parameters)
+        spectra = {key: checked_spectrum(key, spectrum, rotations) for key, spectrum in self.spectra.items()}
         check_weights(self.weights)
         object.__setattr__(self, "sparsity", checked_sparsity(self.sparsity))
         object.__setattr__(self, "sites", dict(self.sites))
         object.__setattr__(self, "rotations", rotations)
         object.__setattr__(self, "parameters", parameters)
         object.__setattr__(self, "calibration", calibration)
+        object.__setattr__(self, "spectra", spectra)
 
     def with_sparsity(self, sparsity: float) -> "Recipe":
         """Return the recipe at another nominal sparsity; each site gets `min(coefficient * sparsity, 0.99)`.
@@ -154,7 +160,7 @@ class Recipe:
     def without_rotation(self) -> "Recipe":
         """Return the recipe with every site in its own basis: plain magnitude sparsity, the baseline."""
         sites = {path: replace(site, basis=None) for path, site in self.sites.items()}
-        return self._changed(sites=sites, rotations={})
+        return self._changed(sites=sites, rotations={}, spectra={})
 
     @cached_property
     def digest(self) -> str:
@@ -162,6 +168,9 @@ class Recipe:
         canonical = json.dumps(self.header(), sort_keys=True, separators=(",", ":"), allow_nan=False)
         sha = hashlib.sha256(canonical.encode())
         sha.update(self.rotations_digest.encode())
+        for key in sorted(self.spectra):
+            sha.update(f"\n{key}\n".encode())
+            sha.update(self.spectra[key].numpy().data)
         return sha.hexdigest()
 
     @cached_property
@@ -174,7 +183,7 @@ class Recipe:
         return sha.hexdigest()
 
     def header(self) -> dict[str, JSON]:
-        """Return everything but the rotations, as JSON values; the weights' format where it is not the model's."""
+        """Return everything but the tensors, as JSON values; the weights' format where it is not the model's."""
         header: dict[str, JSON] = {
             "sparsity": self.sparsity,
             "sites": {path: dataclasses.asdict(site) for path, site in self.sites.items()},
@@ -206,7 +215,7 @@ class Recipe:
         Raises:
             RecipeError: the folder does not exist.
         """
-        recipe_file.write(Path(path), self.header(), self.rotations, self.digest)
+        recipe_file.write(Path(path), self.header(), self.rotations, self.spectra, self.digest)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Recipe":
@@ -216,9 +225,9 @@ class Recipe:
             RecipeError: the file is missing, damaged, of another schema, or not a recipe.
         """
         source = Path(path)
-        header, rotations, digest = recipe_file.read(source)
+        header, rotations, spectra, digest = recipe_file.read(source)
         try:
-            recipe = _from_header(header, rotations)
+            recipe = _from_header(header, rotations, spectra)
         except RecipeError as error:
             raise RecipeError(f"{source} holds an invalid recipe: {error}") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -243,9 +252,9 @@ class Recipe:
         return twin
 
 
-def _from_header(header: Mapping[str, Any], rotations: Mapping[str, Tensor]) -> Recipe:
+def _from_header(header: Mapping[str, Any], rotations: Mapping[str, Tensor], spectra: Mapping[str, Tensor]) -> Recipe:
     sites = {path: SiteRecipe(**site) for path, site in header["sites"].items()}
-    return Recipe(**{**header, "sites": sites, "rotations": rotations})
+    return Recipe(**{**header, "sites": sites, "rotations": rotations, "spectra": spectra})
 
 
 def _check_sites(

@@ -1,6 +1,7 @@
 """What the numbers and tensors of a recipe must be like; anything else is a RecipeError that says so."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -52,3 +53,13 @@ def checked_rotation(key: str, q: Tensor) -> Tensor:
             f"{ORTHOGONALITY_TOLERANCE:.0e} is allowed; calibrate again"
         )
     return q
+
+
+def checked_spectrum(key: str, spectrum: Tensor, rotations: Mapping[str, Tensor]) -> Tensor:
+    """Return a spectrum `[d]` float32 of shares, or raise."""
+    features = len(rotations[key]) if key in rotations else None
+    if not isinstance(spectrum, Tensor) or spectrum.dtype != torch.float32 or spectrum.shape != (features,):
+        raise RecipeError(f"spectrum {key!r} must be a float32 vector, a number for each of {features} features")
+    if not ((spectrum >= 0) & (spectrum <= 1)).all():
+        raise RecipeError(f"spectrum {key!r} must hold shares from 0 to 1; calibrate again")
+    return spectrum.detach().cpu().contiguous()

@@ -1,7 +1,7 @@
 """The file a recipe lives in: one safetensors file that any safetensors reader can open.
 
-Tensors: the rotations by basis key. Metadata (strings): "format", "schema", "digest", and "header", the JSON
-of everything else. What the header means is known to `recipe.py` only.
+Tensors: the rotations by basis key, and the spectrum of each as "KEY spectrum". Metadata (strings): "format",
+"schema", "digest", and "header", the JSON of everything else. What the header means is known to `recipe.py` only.
 """
 
 import json
@@ -17,10 +17,21 @@ from torch import Tensor
 from larosa_compile.errors import RecipeError
 
 FORMAT = "larosa-recipe"
-SCHEMA = "2"
+SCHEMA = "3"
+READABLE = ("2", SCHEMA)
+"""Schema 2 is schema 3 without spectra."""
+
+_SPECTRUM = " spectrum"
+"""Behind a basis key; no parameter path, hence no key, holds a space."""
 
 
-def write(path: Path, header: Mapping[str, object], rotations: Mapping[str, Tensor], digest: str) -> None:
+def write(
+    path: Path,
+    header: Mapping[str, object],
+    rotations: Mapping[str, Tensor],
+    spectra: Mapping[str, Tensor],
+    digest: str,
+) -> None:
     """Write to a new file beside `path`, then rename it, so that no reader ever sees half a recipe.
 
     Raises:
@@ -39,15 +50,16 @@ def write(path: Path, header: Mapping[str, object], rotations: Mapping[str, Tens
         # safetensors makes files that only their owner can read; a recipe gets the usual mode of a new file.
         partial.touch(exist_ok=False)
         mode = partial.stat().st_mode
-        save_file(_unshared(rotations), partial, metadata=metadata)
+        tensors = {**rotations, **{f"{key}{_SPECTRUM}": spectrum for key, spectrum in spectra.items()}}
+        save_file(_unshared(tensors), partial, metadata=metadata)
         partial.chmod(mode)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def read(path: Path) -> tuple[dict[str, object], dict[str, Tensor], str]:
-    """Return header, rotations and digest as the file gives them, the rotations mapped where possible.
+def read(path: Path) -> tuple[dict[str, object], dict[str, Tensor], dict[str, Tensor], str]:
+    """Return header, rotations, spectra and digest as the file gives them, tensors mapped where possible.
 
     Raises:
         RecipeError: the file is missing, truncated, of another schema, or not a recipe.
@@ -59,7 +71,7 @@ def read(path: Path) -> tuple[dict[str, object], dict[str, Tensor], str]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             _check_format(path, metadata)
-            rotations = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
         raise RecipeError(
             f"{path} is not a whole safetensors file ({error}); it may be truncated: copy it again or calibrate again"
@@ -70,7 +82,9 @@ def read(path: Path) -> tuple[dict[str, object], dict[str, Tensor], str]:
         raise damaged(path, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise damaged(path, f"its header is a {type(header).__name__}, expected an object")
-    return header, rotations, metadata.get("digest", "")
+    rotations = {key: tensor for key, tensor in tensors.items() if not key.endswith(_SPECTRUM)}
+    spectra = {key.removesuffix(_SPECTRUM): tensors[key] for key in tensors.keys() - rotations.keys()}
+    return header, rotations, spectra, metadata.get("digest", "")
 
 
 def damaged(path: Path, how: str) -> RecipeError:
@@ -84,18 +98,18 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
             f"{path} is a safetensors file but not a recipe (format {metadata.get('format')!r}, "
             f"expected {FORMAT!r}); give a file that Recipe.save wrote"
         )
-    if metadata.get("schema") != SCHEMA:
+    if metadata.get("schema") not in READABLE:
         raise RecipeError(
-            f"{path} has recipe schema {metadata.get('schema')!r}, this version reads {SCHEMA!r}; "
-            "upgrade larosa-compile, or calibrate again"
+            f"{path} has recipe schema {metadata.get('schema')!r}, this version reads "
+            f"{' and '.join(map(repr, READABLE))}; upgrade larosa-compile, or calibrate again"
         )
 
 
-def _unshared(rotations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the rotations with no two in the same memory, which safetensors would refuse."""
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with no two in the same memory, which safetensors would refuse."""
     seen: set[int] = set()
-    tensors: dict[str, Tensor] = {}
-    for key, q in rotations.items():
-        tensors[key] = q.clone() if q.data_ptr() in seen else q
-        seen.add(q.data_ptr())
-    return tensors
+    unshared: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        unshared[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return unshared

@@ -28,6 +28,7 @@ class SiteReport:
     """One product over the weights of `paths`: `kept` of `features` inputs, `outputs` outputs.
 
     read, written: the bases folded into the weight on either side; None is the model's own.
+    reads_stream, writes_stream: whether it reads a residual stream, and whether what it computes enters one.
     weights: the format of the weight; None is the model's own dtype.
     """
 
@@ -39,6 +40,8 @@ class SiteReport:
     written: str | None
     dense_bytes: int
     sparse_bytes: int
+    reads_stream: bool
+    writes_stream: bool
     weights: str | None = None
 
 
@@ -60,12 +63,16 @@ class StreamReport:
 
 @dataclass(frozen=True)
 class OnlineReport:
-    """A rotation that is computed at run time, and the bytes of its matrix."""
+    """A rotation that is computed at run time, and the bytes of its matrix.
+
+    on_stream: whether the stream itself goes on in the basis `end`; else only sites read what is rotated.
+    """
 
     start: str | None
     end: str | None
     source: str
     bytes: int
+    on_stream: bool
 
 
 @dataclass(frozen=True)
@@ -101,9 +108,14 @@ class GraphReport:
         """Share of the dense weight bytes that one decode step does not read, rotations counted against it."""
         return 1 - self.sparse_bytes / self.dense_bytes if self.dense_bytes else 0.0
 
-    def __str__(self) -> str:
+    @property
+    def basis_names(self) -> dict[str | None, str]:
+        """Short names of the bases, Q0, Q1, …, in the order of the sites; the model's own is "own"."""
         bases = [basis for site in self.sites for basis in (site.read, site.written) if basis is not None]
-        short = {basis: f"Q{index}" for index, basis in enumerate(dict.fromkeys(bases))} | {None: "own"}
+        return {basis: f"Q{index}" for index, basis in enumerate(dict.fromkeys(bases))} | {None: "own"}
+
+    def __str__(self) -> str:
+        short = self.basis_names
         sites = _table("site", "shape", "k", "reads in", "writes in", "weights", "dense bytes", "sparse bytes")
         for site in self.sites:
             shape = f"{site.features} x {site.outputs}"
@@ -155,13 +167,23 @@ def report_of(rewritten: Rewritten, recipe: str, faults: Sequence[Refusal] = (),
     its weights were to be in fewer bits.
     """
     plan = rewritten.plan
-    sites = tuple(map(_site_report, rewritten.sites))
+    reading = {linear.path for reader in plan.facts.readers for linear in reader.group.linears}
+    sites = tuple(
+        _site_report(folded, folded.site.linears[0].path in reading, folded.site.linears[0].path in plan.facts.writers)
+        for folded in rewritten.sites
+    )
     streams = tuple(
         StreamReport(stream.features, len(stream.readers), len(stream.writers), _bases_of(stream, plan))
         for stream in plan.facts.streams
     )
     online = tuple(
-        OnlineReport(item.change.start, item.change.end, item.change.source.name, rewritten.folded[item.matrix].bytes)
+        OnlineReport(
+            item.change.start,
+            item.change.end,
+            item.change.source.name,
+            rewritten.folded[item.matrix].bytes,
+            bool(item.change.users),
+        )
         for item in rewritten.online
     )
     planned = {path for site in sites for path in site.paths}
@@ -178,7 +200,7 @@ def report_of(rewritten: Rewritten, recipe: str, faults: Sequence[Refusal] = (),
     return GraphReport(tokens, recipe, streams, sites, online, other, tuple(reasons.values()))
 
 
-def _site_report(folded: FoldedSite) -> SiteReport:
+def _site_report(folded: FoldedSite, reads_stream: bool, writes_stream: bool) -> SiteReport:
     site, form = folded.site, folded.form
     features, outputs = site.group.features, sum(linear.out_features for linear in site.linears)
     return SiteReport(
@@ -190,6 +212,8 @@ def _site_report(folded: FoldedSite) -> SiteReport:
         folded.written,
         site.weight_bytes,
         site.kept_bytes if form is None else form.bytes_read(site.kept, features, outputs),
+        reads_stream,
+        writes_stream,
         None if form is None else form.name,
     )
 

@@ -53,7 +53,10 @@ def rewrite(
     """
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     observe("input", graph.graph)
-    plan = make_plan(facts_of(graph, fake_mode), choices, share_tables)
+    facts = facts_of(graph, fake_mode)
+    observe("analyse", graph.graph)
+    plan = make_plan(facts, choices, share_tables)
+    observe("plan", graph.graph)
     editor = GraphEditor(graph, fake_mode)
 
     def finish(stage: str) -> None:

@@ -23,7 +23,9 @@ def sparsify_sites(
     Returns the sites with their products as they are now.
     """
     for rotation in online:
-        _make_sparse(editor, rotation.product, editor.folded[rotation.matrix].shape[0])
+        start, end = rotation.change.start, rotation.change.end
+        name = f"adapter {end}" if end is not None else f"adapter_out_of {start}"
+        _make_sparse(editor, name, rotation.product, editor.folded[rotation.matrix].shape[0])
     return tuple(_sparsified(editor, folded) for folded in sites)
 
 
@@ -31,12 +33,14 @@ def _sparsified(editor: GraphEditor, folded: FoldedSite) -> FoldedSite:
     if folded.site.group.stacked:
         _sparsify_activation(editor, folded)
         return folded
-    return replace(folded, products=(_make_sparse(editor, folded.products[0], folded.site.kept),))
+    name = f"sparse_linear {folded.site.group.name.removesuffix('.weight')}"
+    return replace(folded, products=(_make_sparse(editor, name, folded.products[0], folded.site.kept),))
 
 
-def _make_sparse(editor: GraphEditor, product: Node, kept: int) -> Node:
+def _make_sparse(editor: GraphEditor, name: str, product: Node, kept: int) -> Node:
+    """name: after the site, so that graphs, dumps and traces can be read."""
     with editor.graph.inserting_before(product):
-        sparse = editor.call(f"sparse_{product.name}", ops.sparse_linear, *product.args, kept)
+        sparse = editor.call(name, ops.sparse_linear, *product.args, kept)
     product.replace_all_uses_with(sparse)
     editor.graph.erase_node(product)
     return sparse

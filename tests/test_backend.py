@@ -109,15 +109,19 @@ def test_decode_through_a_static_cache_equals_full_recomputation() -> None:
     assert relative_error(last, recomputed[:, -1]) < DENSE
 
 
-def test_decode_runs_the_template_and_no_dense_product_at_a_site() -> None:
+def test_decode_runs_the_template_and_no_dense_product_at_a_site(tmp_path: Path) -> None:
     model = tiny_model("qwen2")
-    fast = compiled(model, recipe=calibrated(model))
+    fast = compiled(model, recipe=calibrated(model), dump=tmp_path)
     with torch.no_grad():
         _, code = run_and_get_code(fast, input_ids=token_ids(1, 1), use_cache=False)
     source = "\n".join(code)
     assert "larosa_sparse_gemv" in source
     # the head is no site: it is the one dense product left
     assert source.count("extern_kernels.mm(") + source.count("extern_kernels.addmm(") <= 1
+    # the dump has this code, and layers share kernels in it: what a call is for, its weight says
+    dumped = (tmp_path / "graph_0" / "generated_code.py").read_text()
+    assert dumped.strip() == source.strip()
+    assert "weight_model_layers_2_mlp_down_proj_weight" in dumped
 
 
 def test_prefill_and_decode_share_folded_weights() -> None:

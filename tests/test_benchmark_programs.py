@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import decode, decoding, kernels, measure, shapes
 from benchmarks.decoding import ATTENTION, DENSE, GENERATED, GROUPS, SPARSE, Subject, Variant
+from larosa_compile import machine
 from larosa_compile.decoding import Prompt
 from larosa_compile.kernels import reference
 from larosa_compile.kernels.formats import FORMATS, WeightFormat
@@ -50,7 +51,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
     monkeypatch.setitem(shapes.SHAPES, "untied", UNTIED)
     monkeypatch.setattr(shapes, "DRAWN", 10_007)
-    monkeypatch.setattr(measure, "READ_BYTES", 2**20)
+    monkeypatch.setattr(machine, "READ_BYTES", 2**20)
 
 
 def shown(table: Table) -> str:

@@ -12,7 +12,8 @@ import torch
 
 import larosa_compile
 from benchmarks import demo, measure
-from larosa_compile import decoding
+from larosa_compile import decoding, machine
+from larosa_compile.decoding import Spread
 from larosa_compile.evaluation import next_token_losses, perplexity
 from tests.support.models import tiny_model, token_ids
 from tests.support.simulation import simulated
@@ -20,17 +21,17 @@ from tests.support.simulation import simulated
 
 @pytest.mark.parametrize("values", [[3.0], [2.0, 1.0], [5.0, 1.0, 2.0, 9.0, 3.0]])
 def test_spread(values: list[float]) -> None:
-    spread = measure.Spread.of(values)
-    assert spread == measure.Spread(statistics.median(values), min(values), max(values), len(values))
+    spread = Spread.of(values)
+    assert spread == Spread(statistics.median(values), min(values), max(values), len(values))
 
 
 def test_no_measurement_has_no_spread() -> None:
     with pytest.raises(statistics.StatisticsError):
-        measure.Spread.of([])
+        Spread.of([])
 
 
 def test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "READ_BYTES", 2**20)
+    monkeypatch.setattr(machine, "READ_BYTES", 2**20)
     meta = measure.machine()
     assert set(meta) == {
         *("device", "cpu_capability", "cpu_flags", "threads", "torch", "triton", "transformers"),
@@ -89,7 +90,7 @@ def test_variants_take_turns_and_are_all_measured(monkeypatch: pytest.MonkeyPatc
     assert list(found) == ["a", "b"]
     for warm, spread in found.values():
         assert warm > 4
-        assert spread == measure.Spread(1, 1, 1, 2 * 3)
+        assert spread == Spread(1, 1, 1, 2 * 3)
     a, b = variants.values()
     assert calls == [a] * 4 + [b] * 4 + ([a] * 4 + [b] * 4) * 2
     assert len(done) == 2 + 2 * 2

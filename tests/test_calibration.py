@@ -87,8 +87,8 @@ def test_rotations_diagonalise_what_hooks_see(
     architecture: str, rotation: Any, owners: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[Moments] = []
-    original = Moments.rotations
-    monkeypatch.setattr(Moments, "rotations", lambda self: kept.append(self) or original(self))
+    original = Moments.principal_components
+    monkeypatch.setattr(Moments, "principal_components", lambda self: kept.append(self) or original(self))
     model = tiny_model(architecture)
     recipe = larosa_compile.calibrate(model, BATCHES, rotation=rotation)
     by_layer = moments_by_hooks(model, BATCHES)

@@ -12,7 +12,8 @@ from larosa_compile.dump import GraphDump
 from larosa_compile.recipe import Recipe
 from tests.support.models import tiny_model, token_ids
 
-FILES = ["0_input.txt", "1_rotate.txt", "2_fold.txt", "3_sparsify.txt", "4_decode.txt", "report.txt"]
+STAGES = ["0_input.txt", "1_analyse.txt", "2_rotate.txt", "3_fold.txt", "4_sparsify.txt", "5_decode.txt"]
+FILES = [*STAGES, "plan.txt", "report.txt", "stream.svg", "timings.txt"]
 SITES = 4
 """Groups of linears in a layer that read together: q/k/v, o, gate/up, down."""
 
@@ -64,11 +65,11 @@ def test_every_pass_can_be_read(recipe: Recipe, tmp_path: Path, by: str, monkeyp
     assert graph.name == "graph_0"
     assert sorted(file.name for file in graph.iterdir()) == FILES
 
-    before, rotated, folded, sparse = (graph / name for name in FILES[:4])
+    before, analysed, rotated, folded, sparse = (graph / name for name in STAGES[:5])
     sparse_linear = "larosa.sparse_linear.default"
     # the head has too few outputs to be rotated
     head, online, linears = 1, 2, 7
-    assert count(before, "aten.mm.default") == linears + head
+    assert count(before, "aten.mm.default") == count(analysed, "aten.mm.default") == linears + head
     assert count(rotated, "aten.mm.default") > count(before, "aten.mm.default")
     assert count(folded, "aten.mm.default") == SITES + online + head
     assert [count(file, sparse_linear) for file in (before, rotated, folded)] == [0, 0, 0]
@@ -76,6 +77,51 @@ def test_every_pass_can_be_read(recipe: Recipe, tmp_path: Path, by: str, monkeyp
     assert count(sparse, "aten.mm.default") == 0
     assert "float32[64, 160]" in before.read_text()
     assert (graph / "report.txt").read_text() == f"{larosa_compile.explain(fast)}\n"
+
+
+def test_the_plan_the_drawing_and_the_timings_can_be_read(recipe: Recipe, tmp_path: Path) -> None:
+    run(recipe, [1], dump=tmp_path)
+    folder = tmp_path / "graph_0"
+    plan = (folder / "plan.txt").read_text()
+    for path, site in recipe.sites.items():
+        (line,) = [line for line in plan.splitlines() if f"{path}:" in line or f"{path} +" in line]
+        assert (site.basis or "the model's own basis") in line
+    # nodes of the plan are nodes of the graph that was analysed
+    nodes = {line.partition(":")[0] for line in (folder / STAGES[1]).read_text().splitlines()}
+    stream = plan.partition("stream of")[2].partition("\n\n")[0].splitlines()[1:]
+    assert stream and {line.strip().partition(":")[0] for line in stream} <= nodes
+    assert "online" in plan and "weight" in plan
+    assert (folder / "stream.svg").read_text().startswith("<svg")
+    names = [line.rpartition(" ")[0].rpartition(" ")[0] for line in (folder / "timings.txt").read_text().splitlines()]
+    stages = [
+        "capture",
+        "analyse",
+        "plan",
+        "rotate",
+        "fold",
+        "sparsify",
+        "decode",
+        "fold weights",
+        "self-check",
+        "eager",
+    ]
+    assert names == stages
+
+
+def test_nodes_are_named_after_their_sites(recipe: Recipe, tmp_path: Path) -> None:
+    run(recipe, [1], dump=tmp_path)
+    lines = (tmp_path / "graph_0" / STAGES[4]).read_text().splitlines()
+    names = [line.partition(":")[0] for line in lines if "= larosa.sparse_linear" in line]
+    layer = "model_layers_0"
+    assert set(names) == {
+        f"adapter_{layer}_self_attn_q_proj",
+        f"sparse_linear_{layer}_self_attn_q_proj",
+        f"sparse_linear_{layer}_self_attn_o_proj",
+        f"sparse_linear_{layer}_mlp_gate_proj",
+        f"sparse_linear_{layer}_mlp_down_proj",
+        f"adapter_out_of_{layer}_self_attn_q_proj",
+        "sparse_linear_lm_head",
+    }
 
 
 def test_each_graph_has_its_folder(recipe: Recipe, tmp_path: Path) -> None:
@@ -92,13 +138,13 @@ def test_dumps_count_up_from_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "graph_0").mkdir()
     (tmp_path / "graph_2").mkdir()
     for number in (1, 3):
-        GraphDump.start(tmp_path).text("report", "found")
+        GraphDump.start(tmp_path).write("report.txt", "found")
         assert (tmp_path / f"graph_{number}" / "report.txt").read_text() == "found\n"
 
 
 def test_no_folder_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     dump = GraphDump.start(None)
-    dump.graph("input", torch.fx.Graph())
-    dump.text("report", "text")
+    dump.write("report.txt", "text")
+    assert not dump.wanted
     assert not list(tmp_path.iterdir())

@@ -59,7 +59,8 @@ def test_one_matrix_a_basis_is_all_that_is_kept() -> None:
 @pytest.mark.parametrize("rows", [1, 4, 200])
 def test_rotations_are_orthogonal_and_diagonalise_with_descending_eigenvalues(rows: int) -> None:
     moments = moments_of(activations(rows))
-    q = moments.rotations()["b"]
+    rotations, spectra = moments.principal_components()
+    q = rotations["b"]
     assert q.dtype == torch.float32
     eps = torch.finfo(torch.float32).eps
     wide, total = q.double(), moments.sums["b"]
@@ -72,14 +73,17 @@ def test_rotations_are_orthogonal_and_diagonalise_with_descending_eigenvalues(ro
     # the first r features hold as much as any r directions can: the sum of the largest eigenvalues
     largest = torch.linalg.eigvalsh(total).flip(0).cumsum(0)
     assert (eigenvalues.cumsum(0) - largest).abs().max() <= FEATURES * bound
+    # the spectrum says the same as shares of the whole
+    assert (spectra["b"].double().cumsum(0) - largest / total.trace()).abs().max() <= FEATURES * eps
+    assert (spectra["b"].diff() <= 0).all()
 
 
 def test_signs_are_fixed() -> None:
     x = activations(80)
-    q = moments_of(x).rotations()["b"]
+    q = moments_of(x).principal_components()[0]["b"]
     assert (q.gather(0, q.abs().argmax(0, keepdim=True)) > 0).all()
-    assert torch.equal(q, moments_of(x).rotations()["b"])
-    assert torch.equal(q, moments_of(-x).rotations()["b"])
+    assert torch.equal(q, moments_of(x).principal_components()[0]["b"])
+    assert torch.equal(q, moments_of(-x).principal_components()[0]["b"])
 
 
 def test_readers_that_share_a_basis_add_up_and_a_head_sees_the_scale() -> None:

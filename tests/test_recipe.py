@@ -149,6 +149,7 @@ def test_digest_depends_on_every_field_and_on_no_order() -> None:
         make(rotations={"layer.0": orthogonal(), "layer.1": orthogonal()}),
         make(parameters={}),
         make(calibration={}),
+        make(spectra={"layer.0": torch.full((D,), 1 / D)}),
     ]
     assert len({recipe.digest, *(other.digest for other in others)}) == 1 + len(others)
 
@@ -244,7 +245,7 @@ def forge(path: Path, *, rotation: Tensor | None = None, **metadata: str) -> Non
 @pytest.mark.parametrize(
     ("forgery", "reason"),
     [
-        ({"schema": "1"}, "has recipe schema '1', this version reads '2'; upgrade"),
+        ({"schema": "1"}, "has recipe schema '1', this version reads '2' and '3'; upgrade"),
         ({"digest": "0" * 64}, "is damaged: its contents have digest"),
         ({"rotation": orthogonal(seed=1)}, "is damaged: its contents have digest"),
         ({"rotation": orthogonal() * math.nan}, "holds an invalid recipe: rotation 'layer.0' must be finite"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from larosa_compile.cli.options import Device, DtypeOption, Model, existing_files, sparsity_in_range
+from larosa_compile.cli.options import Device, DtypeOption, Model, existing_files, sparsity_in_range, writable_file
 
 if TYPE_CHECKING:
     from larosa_compile.allocation import Rotation
@@ -19,18 +19,13 @@ def _known_rotation(value: str) -> str:
     return value
 
 
-def _writable(path: Path) -> Path:
-    if path.is_dir() or not path.parent.is_dir():
-        fault = "is a folder" if path.is_dir() else f"is in {path.parent}, which is no folder"
-        raise typer.BadParameter(f"{path} {fault}; give a file in a folder that exists")
-    return path
-
-
 def calibrate(
     model: Model,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="RECIPE", callback=_writable, help="File to write.", show_default=False),
+        typer.Option(
+            "--output", "-o", metavar="RECIPE", callback=writable_file, help="File to write.", show_default=False
+        ),
     ],
     text: Annotated[
         list[Path] | None, typer.Option("--text", callback=existing_files, help="A text file; may be given again.")

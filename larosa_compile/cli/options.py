@@ -41,6 +41,18 @@ def existing_files(paths: list[Path] | None) -> list[Path] | None:
     return paths or None
 
 
+def writable_file(path: Path | None) -> Path | None:
+    """A path as given, to write a file to.
+
+    Raises:
+        typer.BadParameter: it is a folder, or in none.
+    """
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        fault = "is a folder" if path.is_dir() else f"is in {path.parent}, which is no folder"
+        raise typer.BadParameter(f"{path} {fault}; give a file in a folder that exists")
+    return path
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, a folder or a GGUF file.", show_default=False)]
 RecipeFile = Annotated[
     Path,
