@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from larosa_compile.calibration import calibrate
+    from larosa_compile.collection import recipe_of
     from larosa_compile.recipe import Recipe
     from larosa_compile.report import explain
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "calibrate", "explain"]
+__all__ = ["Recipe", "__version__", "calibrate", "explain", "recipe_of"]
 
 # No module may bear the name of one of these: importing it would set the attribute to the module.
 _HOME = {
     "Recipe": "larosa_compile.recipe",
     "calibrate": "larosa_compile.calibration",
     "explain": "larosa_compile.report",
+    "recipe_of": "larosa_compile.collection",
 }
 
 

@@ -151,7 +151,7 @@ def _observing(
         facts = facts_of(captured.graph, captured.fake_mode)
         found = allocate(facts, sparsity, coefficients, rotation)
         sites.update(found)
-        observe(facts, found, moments)
+        observe(facts, found, moments.add)
         module = captured.graph.module
         return boxed(lambda inputs: module(*inputs))
 
@@ -170,9 +170,14 @@ def _provenance(ids: list[Tensor], rotation: Rotation) -> dict[str, JSON]:
         "windows": sum(batch.shape[0] for batch in ids),
         "text_digest": digest.hexdigest(),
         "rotation": rotation,
-        "versions": {
-            "larosa_compile": larosa_compile.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, JSON]:
+    """What a recipe says it was made with."""
+    return {
+        "larosa_compile": larosa_compile.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }

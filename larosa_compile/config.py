@@ -17,7 +17,10 @@ DUMP_VARIABLE = "LAROSA_DUMP"
 """Environment variable that stands in for the option `dump`."""
 
 
-OPTIONS = ("dump", "lowering", "recipe", "release_originals", "self_check")
+OPTIONS = ("calibration_tokens", "dump", "lowering", "recipe", "release_originals", "self_check", "sparsity")
+
+CALIBRATION_TOKENS = 8192
+"""Tokens that a model without a recipe runs dense for, while one is learnt from them."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,9 @@ class Config:
         self_check: compare every rewritten graph with the model, nothing dropped, before it is used. The check needs
             both sets of weights at once, so with `release_originals` it is off unless asked for.
         recipe_file: the file that `recipe` was read from, if it was.
+        sparsity: nominal sparsity to run at, in [0, 1); None is the recipe's own, and 0.5 for one that is learnt.
+        calibration_tokens: tokens that a model without a recipe runs dense for, while one is learnt from them; 0 is
+            never, so that a missing recipe is an error.
     """
 
     recipe: Recipe | None = None
@@ -77,6 +83,8 @@ class Config:
     release_originals: bool = False
     self_check: bool = True
     recipe_file: "RecipeFile | None" = None
+    sparsity: float | None = None
+    calibration_tokens: int = CALIBRATION_TOKENS
 
     @classmethod
     def from_options(cls, options: Mapping[str, object] | None = None) -> "Config":
@@ -85,7 +93,7 @@ class Config:
         The option `dump` defaults to the environment variable LAROSA_DUMP.
 
         Raises:
-            OptionError: an option is unknown, or its value has the wrong type.
+            OptionError: an option is unknown, or its value has the wrong type or is out of range.
             RecipeError: `recipe` is a path that holds no valid recipe.
         """
         if options is None:
@@ -102,6 +110,8 @@ class Config:
             release_originals=release,
             self_check=_flag("self_check", options.get("self_check", not release)),
             recipe_file=RecipeFile.of(options.get("recipe")),
+            sparsity=_sparsity(options.get("sparsity")),
+            calibration_tokens=_tokens(options.get("calibration_tokens", CALIBRATION_TOKENS)),
         )
 
 
@@ -143,6 +153,22 @@ def _path(name: str, value: object, allowed: str) -> Path:
 def _flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise OptionError(f"option {name!r} must be True or False, got {value!r}")
+    return value
+
+
+def _sparsity(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise OptionError(f"option 'sparsity' must be a number in [0, 1), or None, got {value!r}")
+    return float(value)
+
+
+def _tokens(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise OptionError(
+            f"option 'calibration_tokens' must be a whole number of tokens, or 0 to turn this off, got {value!r}"
+        )
     return value
 
 

@@ -185,7 +185,7 @@ def test_a_model_that_transformers_does_not_compile(tmp_path: Path) -> None:
 
 OPTIONS: list[tuple[Any, str, str]] = [
     # options of the backend, what was given, what is allowed; to do is to pass that
-    ({"sparsty": 0.5}, "'sparsty'", "expected one of 'dump', 'lowering', 'recipe', 'release_originals', 'self_check'"),
+    ({"sparsty": 0.5}, "'sparsty'", "did you mean 'sparsity'?"),
     ({"recipes": "r"}, "'recipes'", "did you mean 'recipe'?"),
     ([("recipe", "r")], "list", "must be a mapping"),
     ({"recipe": 3}, "3", "must be a Recipe, the path of a recipe file, or None"),
