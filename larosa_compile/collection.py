@@ -2,7 +2,8 @@
 
 import logging
 import threading
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -52,14 +53,19 @@ class Collection:
         )
         return None if clash or len(set(known.values())) < len(known) else known
 
-    def join(self, captured: Captured, sites: dict[str, SiteRecipe]) -> None:
-        """Adds a graph, its parameters named by `names`, and its sites; those known already stay as they are."""
+    def join(self, captured: Captured, sites: Mapping[str, SiteRecipe]) -> dict[str, SiteRecipe]:
+        """Adds a graph, its parameters named by `names`; returns its sites.
+
+        A site that an earlier graph has keeps the basis it has there, as one rotation belongs to one recipe.
+        """
         with self._lock:
             for node, tensor in captured.tensors.items():
                 self.paths[tensor] = captured.graph.paths[node]
             self._shapes |= captured.shapes
-            self._sites = sites | self._sites
+            self._sites = dict(sites) | self._sites
+            joined = {path: replace(self._sites[path], sparsity=site.sparsity) for path, site in sites.items()}
         registry.remember_collection(captured.tensors.values(), self)
+        return joined
 
     def add(self, basis: str, reader: Hashable, activation: Tensor, attention_mask: Tensor | None = None) -> None:
         """Adds what a reader sees [..., d], but for padding and what is not finite; nothing once there is a recipe."""

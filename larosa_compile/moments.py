@@ -60,7 +60,12 @@ def observe(facts: GraphFacts, choices: Mapping[str, SiteChoice], add: Callable[
         choice, reader = choices.get(group.name), facts.reader_of(group)
         if choice is None or choice.basis is None:
             continue
-        source = reader.source if reader is not None and choice.kind != HEAD else group.activation
+        if choice.kind == HEAD:
+            source = group.activation
+        elif reader is not None:
+            source = reader.source
+        else:
+            continue
         with graph.inserting_after(source):
             graph.call_function(add, (choice.basis, (group.name, met[group.name]), source, *more))
         met[group.name] += 1

@@ -56,7 +56,7 @@ def compile_online(captured: Captured, config: Config) -> Boxed:
         choices = allocate(facts, sparsity, Coefficients(), "layer")
         if not choices:
             return _without_sites(captured, config)
-        collection.join(captured, choices)
+        choices = collection.join(captured, choices)
     if is_new:
         _log.warning(
             "this model has no recipe: it runs dense and exact while larosa learns one from the next %d tokens, then "

@@ -1,13 +1,14 @@
 """A model that learns its recipe from what it is called with."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from larosa_compile import registry
-from tests.support.models import tiny_model
+from larosa_compile.recipe import Recipe
+from tests.support.decoder import FEATURES, Decoder, simulate
 
 DENSE = 1e-5
 """Relative error of float32 logits; measured at 5e-7."""
@@ -15,8 +16,35 @@ DENSE = 1e-5
 WANTED = 48
 
 
-def small(**sizes: Any) -> PreTrainedModel:
-    return tiny_model("llama", **({"num_hidden_layers": 1} | sizes))
+class Causal(Decoder):
+    """Called like a language model, and traced in a moment."""
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:  # type: ignore[override]
+        return SimpleNamespace(logits=super().forward(input_ids)[0])
+
+
+def small(seed: int = 0, **options: Any) -> Causal:
+    """One layer, random weights, a head that is worth a rotation."""
+    torch.manual_seed(seed)
+    return Causal(layers=1, vocab=4 * FEATURES, **options).eval()
+
+
+def token_ids(rows: int, tokens: int, seed: int = 1) -> Tensor:
+    """Random ids [rows, tokens] that `small` has embeddings of."""
+    return torch.randint(0, 4 * FEATURES, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def sparse_logits(model: Causal, recipe: Recipe, ids: Tensor) -> Tensor:
+    """What the method makes of `small`, in float64 and without this package.
+
+    ids: two tokens or more, as Inductor takes products of one row and 16 features apart: they are no linears then.
+    """
+    tied = model.head.weight is model.embedding.weight
+    plain = Decoder(layers=1, vocab=4 * FEATURES, tied=tied)
+    plain.load_state_dict(model.state_dict())
+    rotations = {basis: rotation.double() for basis, rotation in recipe.rotations.items()}
+    (logits,) = simulate(plain, recipe.sites, rotations, ids)
+    return logits
 
 
 def learning(model: nn.Module, **options: Any) -> Any:
