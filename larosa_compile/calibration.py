@@ -11,7 +11,7 @@ from torch import Tensor
 import larosa_compile
 from larosa_compile import registry
 from larosa_compile.allocation import Coefficients, Rotation, allocate, check_rotation
-from larosa_compile.capture import Boxed, Captured, boxed, capture, compile_alone
+from larosa_compile.capture import Boxed, Captured, boxed, capture, check_has_values, compile_alone
 from larosa_compile.errors import InferenceOnlyError, OptionError, RecipeError
 from larosa_compile.fingerprint import fingerprint
 from larosa_compile.moments import Moments, observe
@@ -61,6 +61,7 @@ def calibrate(
 
     Raises:
         InferenceOnlyError: the model is in training mode.
+        ModelError: its weights are on the meta device.
         ReleasedWeightsError: its weights were released after they were folded.
         OptionError: an argument is out of range, or texts came without a tokenizer.
         RecipeError: there was nothing to calibrate (no batches, or no residual stream in the model).
@@ -68,6 +69,7 @@ def calibrate(
     Source: LaRoSA (arXiv 2507.01299) sections 3.2-3.4.
     """
     check_not_released(model.parameters())
+    check_has_values(model.parameters())
     if model.training:
         raise InferenceOnlyError("the model is in training mode; call model.eval() before calibrating it")
     if not 0 <= sparsity < 1:

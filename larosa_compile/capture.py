@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
 from larosa_compile import registry
-from larosa_compile.errors import InferenceOnlyError
+from larosa_compile.errors import InferenceOnlyError, ModelError
 from larosa_compile.passes.graph import GraphInvariantError, ParameterGraph
 
 Boxed = Callable[[list[Any]], Any]
@@ -70,6 +70,7 @@ def capture(
 
     Raises:
         InferenceOnlyError: gradients would have to flow through the graph.
+        ModelError: a parameter is on the meta device.
     """
     if torch.is_grad_enabled() and any(
         isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in example_inputs
@@ -79,6 +80,7 @@ def capture(
             "call the model under torch.no_grad() or torch.inference_mode()"
         )
     real = list(example_inputs)
+    check_has_values(tensor for tensor in real if isinstance(tensor, torch.nn.Parameter))
     paths = _parameter_paths(dynamo_graph, real)
     mask = _attention_mask(dynamo_graph, real)
     _guard_identity(dynamo_graph, paths)
@@ -96,6 +98,19 @@ def capture(
             real,
             inner_compile=inner_compile,
             config_patches=inductor_options or None,
+        )
+
+
+def check_has_values(parameters: Iterable[torch.Tensor]) -> None:
+    """Refuses parameters that have a shape and nothing else.
+
+    Raises:
+        ModelError: one is on the meta device.
+    """
+    if any(parameter.is_meta for parameter in parameters):
+        raise ModelError(
+            "this model's weights are on device 'meta', which holds no values, where the CPU or an accelerator is "
+            "allowed; load the model with from_pretrained, or fill it after model.to_empty(device=…)"
         )
 
 
