@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypeAlias, cast, get_args
 
+from larosa_compile.arguments import checked_count, checked_sparsity
 from larosa_compile.errors import OptionError, StaleRecipeError
 from larosa_compile.recipe import Recipe
 
@@ -99,9 +100,12 @@ class Config:
         if options is None:
             options = {}
         if not isinstance(options, Mapping):
-            raise OptionError(f"options must be a mapping, got {type(options).__name__}")
+            raise OptionError(
+                f"options must be a mapping, got {type(options).__name__}; give it as options={{name: value}}"
+            )
         for name in options:
             _check_known(name)
+        sparsity, tokens = options.get("sparsity"), options.get("calibration_tokens", CALIBRATION_TOKENS)
         release = _flag("release_originals", options.get("release_originals", False))
         return cls(
             recipe=_recipe(options.get("recipe")),
@@ -110,8 +114,8 @@ class Config:
             release_originals=release,
             self_check=_flag("self_check", options.get("self_check", not release)),
             recipe_file=RecipeFile.of(options.get("recipe")),
-            sparsity=_sparsity(options.get("sparsity")),
-            calibration_tokens=_tokens(options.get("calibration_tokens", CALIBRATION_TOKENS)),
+            sparsity=None if sparsity is None else checked_sparsity("option 'sparsity'", sparsity),
+            calibration_tokens=checked_count("option 'calibration_tokens'", tokens, least=0),
         )
 
 
@@ -120,8 +124,8 @@ def _check_known(name: object) -> None:
     if name in known:
         return
     nearest = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise OptionError(f"unknown option {name!r}; expected one of {', '.join(map(repr, known))}{hint}")
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "leave it out, or give one of these"
+    raise OptionError(f"unknown option {name!r}; expected one of {', '.join(map(repr, known))}; {hint}")
 
 
 def _recipe(value: object) -> Recipe | None:
@@ -146,34 +150,20 @@ def _dump(value: object) -> Path | None:
 
 def _path(name: str, value: object, allowed: str) -> Path:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-        raise OptionError(f"option {name!r} must be {allowed}, got {value!r}")
+        raise OptionError(f"option {name!r} must be {allowed}, got {value!r}; give one of these")
     return Path(value)
 
 
 def _flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise OptionError(f"option {name!r} must be True or False, got {value!r}")
-    return value
-
-
-def _sparsity(value: object) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise OptionError(f"option 'sparsity' must be a number in [0, 1), or None, got {value!r}")
-    return float(value)
-
-
-def _tokens(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise OptionError(
-            f"option 'calibration_tokens' must be a whole number of tokens, or 0 to turn this off, got {value!r}"
-        )
+        raise OptionError(f"option {name!r} must be True or False, got {value!r}; give one of them")
     return value
 
 
 def _lowering(value: object) -> Lowering:
     allowed = get_args(Lowering)
     if value not in allowed:
-        raise OptionError(f"option 'lowering' must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        raise OptionError(
+            f"option 'lowering' must be one of {', '.join(map(repr, allowed))}, got {value!r}; give one of them"
+        )
     return cast(Lowering, value)

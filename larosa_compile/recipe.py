@@ -237,7 +237,7 @@ def _checked_number(what: str, value: object) -> float:
 def _checked_sparsity(value: object) -> float:
     sparsity = _checked_number("sparsity", value)
     if not 0 <= sparsity < 1:
-        raise RecipeError(f"sparsity must lie in [0, 1), got {sparsity}")
+        raise RecipeError(f"sparsity must lie in [0, 1), got {sparsity}; give a share such as 0.5")
     return sparsity
 
 

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from larosa_compile import registry
 from larosa_compile.allocation import Coefficients, allocate
+from larosa_compile.arguments import checked_sparsity
 from larosa_compile.capture import Boxed, Captured, boxed, capture, compile_alone
 from larosa_compile.errors import OptionError
 from larosa_compile.passes.graph import Refusal, rows
@@ -214,8 +215,9 @@ def explain(
 
     Raises:
         RecipeMismatchError: the recipe belongs to another model.
-        OptionError: the model has no `dummy_inputs` and no example inputs were given.
+        OptionError: the model has no `dummy_inputs` and no example inputs were given; or `sparsity` is out of range.
     """
+    sparsity = checked_sparsity("sparsity", sparsity)
     original: torch.nn.Module = getattr(model, "_orig_mod", model)
     reports = registry.reports_of(original.parameters()) if recipe is None else []
     if reports:

@@ -73,7 +73,7 @@ def test_dump_variable_is_the_default_only(monkeypatch: pytest.MonkeyPatch, tmp_
         ),
         (
             {"rotation": "layer"},
-            "unknown option 'rotation'; expected one of .*, 'self_check', 'sparsity'$",
+            "unknown option 'rotation'; expected one of .*, 'sparsity'; leave it out, or give one of these$",
         ),
         ({3: None}, "unknown option 3;"),
         ({"recipe": 0.5}, "option 'recipe' must be a Recipe, the path of a recipe file, or None, got 0.5"),
