@@ -43,16 +43,25 @@ def main() -> None:
     windows = list(token_batches(assets.text("wiki"), tokenizer, CONTEXT))
     held_out = windows[len(windows) // 2 :][: arguments.windows]
     text = torch.cat(windows[: -(-arguments.tokens // CONTEXT)], 1)[:, : arguments.tokens]
-    records = compared(arguments.model, model, text, held_out, arguments.sparsity)
+    options = {"lowering": arguments.lowering}
+    records = compared(arguments.model, model, text, held_out, arguments.sparsity, options)
     out.print(table(records))
     if arguments.json:
         measure.write(arguments.json, meta, records)
 
 
 def compared(
-    name: str, model: PreTrainedModel, text: Tensor, held_out: list[Tensor], sparsity: float
+    name: str,
+    model: PreTrainedModel,
+    text: Tensor,
+    held_out: list[Tensor],
+    sparsity: float,
+    options: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """A record each for the dense model, explicit calibration on `text` [1, tokens], and learning from it."""
+    """A record each for the dense model, explicit calibration on `text` [1, tokens], and learning from it.
+
+    options: of the backend, for both.
+    """
     records: list[dict[str, Any]] = []
 
     def add(method: str, losses: list[float], tokens: int, prompts: int) -> None:
@@ -62,6 +71,7 @@ def compared(
             {
                 "model": name,
                 "method": method,
+                "lowering": options["lowering"],
                 "sparsity": 0.0 if method == "dense" else sparsity,
                 "calibration_tokens": tokens,
                 "prompts": prompts,
@@ -77,8 +87,8 @@ def compared(
         bar.advance(task)
 
         # first, as a calibration would be remembered for the model
-        options: Any = {"sparsity": sparsity, "calibration_tokens": text.numel()}
-        learning = torch.compile(model, backend="larosa", options=options)
+        asked = {"sparsity": sparsity, "calibration_tokens": text.numel(), **options}
+        learning = torch.compile(model, backend="larosa", options=asked)
         prompts = call_with(learning, text)
         online = next_token_losses(learning, held_out)
         learnt = recipe_of(learning)
@@ -87,7 +97,7 @@ def compared(
         torch._dynamo.reset()
         windows = [window for window in text.split(CONTEXT, 1) if window.numel()]
         recipe = larosa_compile.calibrate(model, windows, sparsity, progress=False)
-        explicit = torch.compile(model, backend="larosa", options={"recipe": recipe})
+        explicit = torch.compile(model, backend="larosa", options={"recipe": recipe, **options})
         add("calibrate", next_token_losses(explicit, held_out), int(str(recipe.calibration["tokens"])), len(windows))
         add("online", online, int(str(learnt.calibration["tokens"])), prompts)
         bar.advance(task)
@@ -144,6 +154,9 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=measure.positive, help="to learn from, 8192 by default")
     parser.add_argument("--windows", type=measure.positive, help="of 1024 tokens to evaluate on, 16 by default")
     parser.add_argument("--sparsity", type=measure.sparsity, default=0.5, help="nominal, 0.5 by default")
+    parser.add_argument(
+        "--lowering", choices=("inductor", "eager"), default="inductor", help="eager: the ops' definitions, no compile"
+    )
     parser.add_argument("--json", type=Path, help="also write the records to this file")
     arguments = parser.parse_args(argv)
     arguments.tokens = arguments.tokens or (2048 if arguments.quick else 8192)
