@@ -7,7 +7,7 @@ import torch
 from torch.fx import GraphModule
 
 from larosa_compile import registry
-from larosa_compile.capture import Boxed, Captured, capture
+from larosa_compile.capture import Boxed, Captured, capture, check_has_values
 from larosa_compile.collection import is_whole
 from larosa_compile.compiled import compile_rewritten, lower_dense
 from larosa_compile.config import Config
@@ -40,9 +40,11 @@ def larosa(
         MissingRecipeError: there is no recipe, and `calibration_tokens` is 0.
         RecipeError, RecipeMismatchError: the recipe cannot be read, or belongs to another model.
         InferenceOnlyError: gradients are enabled.
+        ModelError: a parameter is on the meta device.
         ReleasedWeightsError: a weight that this graph needs was released after another was compiled.
     """
     config = Config.from_options(options)
+    check_has_values(value for value in example_inputs if isinstance(value, torch.nn.Parameter))
     inductor_options = torch._inductor.list_mode_options(mode) if mode else {}
 
     def compile_graph(captured: Captured) -> Boxed:

@@ -70,7 +70,6 @@ def capture(
 
     Raises:
         InferenceOnlyError: gradients would have to flow through the graph.
-        ModelError: a parameter is on the meta device.
     """
     if torch.is_grad_enabled() and any(
         isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in example_inputs
@@ -80,7 +79,6 @@ def capture(
             "call the model under torch.no_grad() or torch.inference_mode()"
         )
     real = list(example_inputs)
-    check_has_values(tensor for tensor in real if isinstance(tensor, torch.nn.Parameter))
     paths = _parameter_paths(dynamo_graph, real)
     mask = _attention_mask(dynamo_graph, real)
     _guard_identity(dynamo_graph, paths)
