@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import larosa_compile
-from larosa_compile import allocation, config, curves, errors, recipe, report
+from larosa_compile import allocation, config, curves, errors, explanation, recipe, report
 
 OBJECTS: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("Functions", (larosa_compile.calibrate, larosa_compile.explain, larosa_compile.html_report)),
+    (
+        "Functions",
+        (larosa_compile.calibrate, larosa_compile.explain, larosa_compile.html_report, larosa_compile.recipe_of),
+    ),
     ("The recipe", (recipe.Recipe, recipe.SiteRecipe, allocation.Coefficients)),
     ("Options of the backend", (config.Config,)),
-    ("Reports", (report.Report, report.GraphReport, report.SiteReport, report.StreamReport, report.OnlineReport)),
+    ("Reports", (explanation.Report, report.GraphReport, report.SiteReport, report.StreamReport, report.OnlineReport)),
     ("Measured curves", (curves.perplexities, curves.speeds, curves.Perplexities, curves.Speeds, curves.Speed)),
 )
 
@@ -23,7 +26,7 @@ def lines() -> Iterator[str]:
     yield "# API reference"
     yield ""
     yield "Made from the docstrings by `python docs/generate_api.py > docs/api.md`; a test holds the two equal."
-    yield "`calibrate`, `explain`, `html_report` and `Recipe` are names of `larosa_compile` itself."
+    yield "`calibrate`, `explain`, `html_report`, `recipe_of` and `Recipe` are names of `larosa_compile` itself."
     for title, objects in OBJECTS:
         yield from ("", f"## {title}")
         for item in objects:

@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from larosa_compile.calibration import calibrate
+    from larosa_compile.collection import recipe_of
+    from larosa_compile.explanation import explain
     from larosa_compile.page import html_report
     from larosa_compile.recipe import Recipe
-    from larosa_compile.report import explain
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "calibrate", "explain", "html_report"]
+__all__ = ["Recipe", "__version__", "calibrate", "explain", "html_report", "recipe_of"]
 
 # No module may bear the name of one of these: importing it would set the attribute to the module.
 _HOME = {
     "Recipe": "larosa_compile.recipe",
     "calibrate": "larosa_compile.calibration",
-    "explain": "larosa_compile.report",
+    "explain": "larosa_compile.explanation",
     "html_report": "larosa_compile.page",
+    "recipe_of": "larosa_compile.collection",
 }
 
 

@@ -1,9 +1,10 @@
 """Which sites a recipe has, how much each drops, and which of them share a basis. From structure alone."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from larosa_compile.arguments import is_number
 from larosa_compile.errors import OptionError
 from larosa_compile.passes.analysis import GraphFacts
 from larosa_compile.passes.linears import ActivationGroup, Linear
@@ -34,12 +35,21 @@ class Coefficients:
     readers: linears that read a residual stream (q/k/v, gate/up). writers: those that write to one (o, down).
     others: linears inside a block that do neither. heads: linears whose output feeds no stream; the paper leaves
     them dense, which 0 does: they are no sites then.
+
+    Raises:
+        OptionError: one is negative, or no finite number.
     """
 
     readers: float = 0.8
     writers: float = 1.2
     others: float = 1.0
     heads: float = 0.8
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not is_number(value) or value < 0:
+                raise OptionError(f"coefficient {field.name!r} must be at least 0, got {value!r}; give such as 0.8")
 
     @property
     def by_kind(self) -> dict[str, float]:
@@ -143,5 +153,6 @@ def check_rotation(rotation: object) -> None:
         return
     if rotation not in ("auto", "layer", "model", "none"):
         raise OptionError(
-            f"rotation must be 'auto', 'layer', 'model', 'none' or a number of layers from 1 up, got {rotation!r}"
+            f"rotation must be 'auto', 'layer', 'model', 'none' or a number of layers from 1 up, got {rotation!r}; "
+            "give one of these"
         )

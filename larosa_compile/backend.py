@@ -6,20 +6,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch._inductor.compile_fx import compile_fx_inner
-from torch.compiler import config as compiler_config
 from torch.fx import GraphModule
 
-import larosa_compile.kernels.lowering  # noqa: F401  (registers the lowerings of larosa:: ops)
 from larosa_compile import registry
-from larosa_compile.capture import Boxed, Captured, boxed, capture
+from larosa_compile.capture import Boxed, Captured, capture, check_has_values
+from larosa_compile.collection import is_whole
+from larosa_compile.compiled import compile_rewritten, lower_dense
 from larosa_compile.config import Config
 from larosa_compile.errors import MissingRecipeError
-from larosa_compile.kernels.digest import source_digest
+from larosa_compile.online import compile_online
 from larosa_compile.passes.graph import Refusal
 from larosa_compile.passes.pipeline import Rewritten, pack, rewrite
 from larosa_compile.recipe import Recipe, SiteRecipe
-from larosa_compile.released import check_not_released, is_released
+from larosa_compile.released import is_released
 from larosa_compile.report import described, report_of
 from larosa_compile.self_check import find_fault
 from larosa_compile.trace import Trace
@@ -35,15 +34,20 @@ def larosa(
 ) -> Any:
     """The backend. `options`: see `larosa_compile.config.Config`; `mode`: as Inductor's.
 
+    Without a recipe, in the options or by a calibration in this process, one is learnt from what the model is called
+    with (`larosa_compile.online`).
+
     Raises:
         OptionError: an option is unknown or has a wrong value.
-        MissingRecipeError: neither the options nor a calibration in this process give a recipe.
+        MissingRecipeError: there is no recipe, and `calibration_tokens` is 0.
         RecipeError, RecipeMismatchError: the recipe cannot be read, or belongs to another model.
         InferenceOnlyError: gradients are enabled.
+        ModelError: a parameter is on the meta device.
         ReleasedWeightsError: a weight that this graph needs was released after another was compiled.
     """
     started = time.perf_counter()
     config = Config.from_options(options)
+    check_has_values(value for value in example_inputs if isinstance(value, torch.nn.Parameter))
     inductor_options = torch._inductor.list_mode_options(mode) if mode else {}
 
     def compile_graph(captured: Captured) -> Boxed:
@@ -53,10 +57,12 @@ def larosa(
 
 
 def _compile(captured: Captured, config: Config, started: float) -> Boxed:
+    if not captured.tensors:
+        # not a single parameter: nothing to read less of
+        return lower_dense(captured, config)
     recipe = _recipe(config, captured)
     if recipe is None:
-        # not a single parameter: nothing to read less of
-        return _lower(captured, captured.fakes, captured.compile_arguments, config)
+        return compile_online(captured, config, started)
     captured = captured.renamed(recipe.locate(captured.shapes))
     trace = Trace(config.dump, started)
     # a model whose weights were released was checked, or not, when they were folded
@@ -78,11 +84,12 @@ def _compile(captured: Captured, config: Config, started: float) -> Boxed:
             weights.release()
     with trace.stage(config.lowering):
         if made.is_sound:
-            compiled, run = _with_folded_weights(made.captured, weights, config)
+            compiled = compile_rewritten(made.captured, config)
+            run = compiled.with_weights(weights, config)
+            trace.generated(compiled.run)
         else:
             # not even the graph without a site agrees, so the graph that was captured is the one to run
-            compiled = run = _lower(captured, captured.fakes, captured.compile_arguments, config)
-    trace.generated(compiled)
+            run = lower_dense(captured, config)
     trace.done(report)
     return run
 
@@ -120,56 +127,14 @@ def _checked(captured: Captured, recipe: Recipe, trace: Trace) -> _Made:
 
 
 def _recipe(config: Config, captured: Captured) -> Recipe | None:
+    """The recipe to compile a graph with, at the sparsity that was asked for; None where one is to be learnt."""
     recipe = config.recipe or registry.recipe_of(captured.tensors.values())
-    if recipe is None and captured.tensors:
-        raise MissingRecipeError(
-            "backend 'larosa' needs a recipe for this model: make one with larosa_compile.calibrate(model, batches), "
-            'or pass one as torch.compile(model, backend="larosa", options={"recipe": "model.larosa.safetensors"})'
-        )
-    return recipe if recipe is None or config.weights is None else recipe.with_weights(config.weights)
-
-
-def _with_folded_weights(captured: Captured, weights: FoldedWeights, config: Config) -> tuple[Boxed, Boxed]:
-    """Compiles a rewritten graph: what was compiled, and the callable around it, which drops the inputs that are no
-    longer read and appends the folded ones."""
-    graph = captured.graph.graph
-    count = len(captured.fakes)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    used = [index for index, node in enumerate(placeholders[:count]) if node.users or node not in captured.tensors]
-    for index in sorted(set(range(count)) - set(used), reverse=True):
-        graph.erase_node(placeholders[index])
-    captured.graph.module.recompile()
-
-    static = set(captured.compile_arguments.get("static_input_idxs", ()))
-    arguments = captured.compile_arguments | {
-        "static_input_idxs": [
-            *(new for new, old in enumerate(used) if old in static),
-            *range(len(used), len(used) + len(placeholders) - count),
-        ]
-    }
-    fakes = [captured.fakes[index] for index in used] + [node.meta["val"] for node in placeholders[count:]]
-    compiled = _lower(captured, fakes, arguments, config)
-    folded = weights.tensors
-
-    @boxed
-    def run(inputs: list[Any]) -> Any:
-        weights.check_fresh(inputs)
-        if config.recipe_file is not None:
-            config.recipe_file.check_unchanged()
-        read = [inputs[index] for index in used]
-        inputs.clear()
-        return compiled([*read, *folded])
-
-    return compiled, run
-
-
-def _lower(captured: Captured, fakes: list[Any], arguments: dict[str, Any], config: Config) -> Boxed:
-    check_not_released(tensor for node, tensor in captured.tensors.items() if node.users)
-    module = captured.graph.module
-    if config.lowering == "eager":
-        return boxed(lambda inputs: module(*inputs))
-    # Inductor's cache does not see the source of lowerings and templates that others registered
-    tag = f"{compiler_config.cache_key_tag}larosa-{source_digest()}"
-    with captured.fake_mode, compiler_config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-        compiled: Boxed = compile_fx_inner(module, fakes, **arguments)
-    return compiled
+    if recipe is None or (config.recipe is None and not is_whole(captured.tensors.values())):
+        if config.calibration_tokens == 0:
+            raise MissingRecipeError(
+                "backend 'larosa' needs a recipe for this model, and option 'calibration_tokens' is 0, so none is "
+                "learnt: make one with larosa_compile.calibrate(model, batches), or pass one as "
+                'torch.compile(model, backend="larosa", options={"recipe": "model.larosa.safetensors"})'
+            )
+        return None
+    return config.applied_to(recipe)

@@ -11,7 +11,8 @@ from torch import Tensor
 import larosa_compile
 from larosa_compile import registry
 from larosa_compile.allocation import Coefficients, Rotation, allocate, check_rotation
-from larosa_compile.capture import Boxed, Captured, boxed, capture, compile_alone
+from larosa_compile.arguments import checked_count, checked_sparsity
+from larosa_compile.capture import Boxed, Captured, boxed, capture, check_has_values, compile_alone
 from larosa_compile.errors import InferenceOnlyError, OptionError, RecipeError
 from larosa_compile.fingerprint import fingerprint
 from larosa_compile.moments import Moments, observe
@@ -61,24 +62,37 @@ def calibrate(
 
     Raises:
         InferenceOnlyError: the model is in training mode.
+        ModelError: its weights are on the meta device.
         ReleasedWeightsError: its weights were released after they were folded.
         OptionError: an argument is out of range, or texts came without a tokenizer.
         RecipeError: there was nothing to calibrate (no batches, or no residual stream in the model).
 
     Source: LaRoSA (arXiv 2507.01299) sections 3.2-3.4.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise OptionError(f"model must be a torch.nn.Module, got {type(model).__name__}; load it and give it here")
     check_not_released(model.parameters())
+    check_has_values(model.parameters())
     if model.training:
         raise InferenceOnlyError("the model is in training mode; call model.eval() before calibrating it")
-    if not 0 <= sparsity < 1:
-        raise OptionError(f"sparsity must lie in [0, 1), got {sparsity}")
+    sparsity = checked_sparsity("sparsity", sparsity)
+    context = checked_count("context", context, least=1)
     check_rotation(rotation)
+    if not isinstance(coefficients, Coefficients | None):
+        raise OptionError(
+            f"coefficients must be an allocation.Coefficients or None, got {coefficients!r}; give such as "
+            "Coefficients(readers=0.8, writers=1.2)"
+        )
+    if tokenizer is not None and not callable(tokenizer):
+        raise OptionError(f"tokenizer must be callable or None, got {type(tokenizer).__name__}; give the model's own")
     ids = list(token_batches(batches, tokenizer, context))
     if not ids:
-        raise RecipeError("there is nothing to calibrate on: batches held no token; pass token ids or texts")
+        raise RecipeError(
+            "nothing to calibrate on: batches held no token, and at least one is needed; pass token ids or texts"
+        )
     held_out = list(token_batches(search, tokenizer, context)) if search is not None else None
     if held_out == []:
-        raise OptionError("search needs held-out token ids or texts, got none")
+        raise OptionError("search needs held-out token ids or texts, got none; pass some, or leave search out")
 
     registry.remember_paths(model)
     sites: dict[str, SiteRecipe] = {}
@@ -108,24 +122,29 @@ def token_batches(batches: Batches, tokenizer: Tokenizer | None, context: int) -
     Raises:
         OptionError: a text without a tokenizer, or an item that is neither text nor an integer tensor.
     """
+    if not isinstance(batches, Iterable):
+        raise OptionError(f"batches must be texts or token ids, got {_described(batches)}; give a list of them")
     items = [batches] if isinstance(batches, str) else list(batches)
     texts = [item for item in items if isinstance(item, str)]
     if texts and len(texts) == len(items):
         if tokenizer is None:
-            raise OptionError("batches are texts; pass tokenizer=… as well, or pass token ids")
+            raise OptionError(
+                "batches are texts and got no tokenizer, which only token ids may do without; pass tokenizer=… as well"
+            )
         # joined first, so that the tokenizer adds its special tokens once and not to every row of a dataset
         yield from _windows(tokenizer("\n\n".join(texts))["input_ids"], context)
         return
     for item in items:
         if not isinstance(item, Tensor) or item.dtype not in (torch.int32, torch.int64) or item.ndim not in (1, 2):
-            raise OptionError(f"a batch must be a text or an integer tensor [batch, tokens], got {_described(item)}")
+            raise OptionError(
+                f"a batch must be a text or an integer tensor [batch, tokens], got {_described(item)}; give "
+                "texts only, or token ids only"
+            )
         if item.numel():
             yield item.reshape(-1, item.shape[-1])
 
 
 def _windows(tokens: Sequence[int], context: int) -> Iterator[Tensor]:
-    if context < 1:
-        raise OptionError(f"context must be at least 1 token, got {context}")
     if len(tokens) < context:
         windows = [tokens] if tokens else []
     else:
@@ -151,7 +170,7 @@ def _observing(
         facts = facts_of(captured.graph, captured.fake_mode)
         found = allocate(facts, sparsity, coefficients, rotation)
         sites.update(found)
-        observe(facts, found, moments)
+        observe(facts, found, moments.add)
         module = captured.graph.module
         return boxed(lambda inputs: module(*inputs))
 
@@ -170,9 +189,14 @@ def _provenance(ids: list[Tensor], rotation: Rotation) -> dict[str, JSON]:
         "windows": sum(batch.shape[0] for batch in ids),
         "text_digest": digest.hexdigest(),
         "rotation": rotation,
-        "versions": {
-            "larosa_compile": larosa_compile.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, JSON]:
+    """What a recipe says it was made with."""
+    return {
+        "larosa_compile": larosa_compile.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }

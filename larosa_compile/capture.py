@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
 from larosa_compile import registry
-from larosa_compile.errors import InferenceOnlyError
+from larosa_compile.errors import InferenceOnlyError, ModelError
 from larosa_compile.passes.graph import GraphInvariantError, ParameterGraph
 
 Boxed = Callable[[list[Any]], Any]
@@ -29,7 +29,7 @@ class Captured:
 
     graph: the graph and its parameters' paths. tensors: parameter placeholder -> the real parameter.
     inputs: what the graph was first called with, in order; fakes: their fake values. compile_arguments: what
-    Inductor's own compile step needs besides.
+    Inductor's own compile step needs besides. attention_mask: the input that a caller gave by this name, if any.
     """
 
     graph: ParameterGraph
@@ -38,6 +38,7 @@ class Captured:
     fakes: list[Any]
     fake_mode: FakeTensorMode
     compile_arguments: dict[str, Any]
+    attention_mask: Node | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -55,7 +56,8 @@ class Captured:
         by_name = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
         paths = {by_name[node.name]: path for node, path in self.graph.paths.items()}
         tensors = {by_name[node.name]: tensor for node, tensor in self.tensors.items()}
-        return replace(self, graph=ParameterGraph(module, paths), tensors=tensors)
+        mask = self.attention_mask and by_name[self.attention_mask.name]
+        return replace(self, graph=ParameterGraph(module, paths), tensors=tensors, attention_mask=mask)
 
 
 def capture(
@@ -78,12 +80,13 @@ def capture(
         )
     real = list(example_inputs)
     paths = _parameter_paths(dynamo_graph, real)
+    mask = _attention_mask(dynamo_graph, real)
     _guard_identity(dynamo_graph, paths)
 
     def inner_compile(module: GraphModule, fakes: Sequence[Any], **arguments: Any) -> Any:
         with unset_fake_temporarily():
             # AOTAutograd compiles under its fake mode; whoever needs that mode finds it in Captured
-            return compile_graph(_captured(module, list(fakes), real, paths, arguments))
+            return compile_graph(_captured(module, list(fakes), real, paths, mask, arguments))
 
     # AOTAutograd's cache is keyed by Dynamo's graph alone: it would hand out what Inductor, or another recipe,
     # compiled from the same model before
@@ -93,6 +96,19 @@ def capture(
             real,
             inner_compile=inner_compile,
             config_patches=inductor_options or None,
+        )
+
+
+def check_has_values(parameters: Iterable[torch.Tensor]) -> None:
+    """Refuses parameters that have a shape and nothing else.
+
+    Raises:
+        ModelError: one is on the meta device.
+    """
+    if any(parameter.is_meta for parameter in parameters):
+        raise ModelError(
+            "this model's weights are on device 'meta', which holds no values, where the CPU or an accelerator is "
+            "allowed; load the model with from_pretrained, or fill it after model.to_empty(device=…)"
         )
 
 
@@ -109,7 +125,12 @@ def boxed(function: Callable[[list[Any]], Any]) -> Boxed:
 
 
 def _captured(
-    module: GraphModule, fakes: list[Any], real: list[Any], paths: dict[int, str], arguments: dict[str, Any]
+    module: GraphModule,
+    fakes: list[Any],
+    real: list[Any],
+    paths: dict[int, str],
+    mask: int | None,
+    arguments: dict[str, Any],
 ) -> Captured:
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     aligned = len(placeholders) == len(real) and all(
@@ -124,7 +145,8 @@ def _captured(
     by_node = {placeholders[index]: path for index, path in paths.items()}
     tensors = {placeholders[index]: real[index] for index in paths}
     values = [_without_guards(value) for value in real]
-    return Captured(ParameterGraph(module, by_node), tensors, values, fakes, fake_mode, arguments)
+    attention_mask = None if mask is None else placeholders[mask]
+    return Captured(ParameterGraph(module, by_node), tensors, values, fakes, fake_mode, arguments, attention_mask)
 
 
 def _without_guards(value: Any) -> Any:
@@ -148,6 +170,17 @@ def _parameter_paths(dynamo_graph: GraphModule, real: list[Any]) -> dict[int, st
                 paths[index] = path
                 named[path].add(id(tensor))
     return {index: path for index, path in paths.items() if len(named[path]) == 1}
+
+
+def _attention_mask(dynamo_graph: GraphModule, real: list[Any]) -> int | None:
+    """Position among the inputs of the first tensor that a caller gave as `attention_mask`, or as an entry of it."""
+    placeholders = (node for node in dynamo_graph.graph.nodes if node.op == "placeholder")
+    for index, (node, tensor) in enumerate(zip(placeholders, real, strict=True)):
+        name = source.name if (source := getattr(node, "_dynamo_source", None)) is not None else ""
+        # an argument, or an entry of one; what a module holds is behind one of its private attributes
+        if isinstance(tensor, torch.Tensor) and tensor.ndim > 1 and "['attention_mask']" in name and "._" not in name:
+            return index
+    return None
 
 
 def _guard_identity(dynamo_graph: GraphModule, paths: Iterable[int]) -> None:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypeAlias, cast, get_args
 
+from larosa_compile.arguments import checked_count, checked_sparsity
 from larosa_compile.errors import OptionError, StaleRecipeError
 from larosa_compile.recipe import Recipe
 from larosa_compile.recipe_checks import WEIGHTS
@@ -18,7 +19,19 @@ DUMP_VARIABLE = "LAROSA_DUMP"
 """Environment variable that stands in for the option `dump`."""
 
 
-OPTIONS = ("dump", "lowering", "recipe", "release_originals", "self_check", "weights")
+OPTIONS = (
+    "calibration_tokens",
+    "dump",
+    "lowering",
+    "recipe",
+    "release_originals",
+    "self_check",
+    "sparsity",
+    "weights",
+)
+
+CALIBRATION_TOKENS = 8192
+"""Tokens that a model without a recipe runs dense for, while one is learnt from them."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,9 @@ class Config:
             both sets of weights at once, so with `release_originals` it is off unless asked for.
         weights: the format of the sites' weights; None is what the recipe says.
         recipe_file: the file that `recipe` was read from, if it was.
+        sparsity: nominal sparsity to run at, in [0, 1); None is the recipe's own, and 0.5 for one that is learnt.
+        calibration_tokens: tokens that a model without a recipe runs dense for, while one is learnt from them; 0 is
+            never, so that a missing recipe is an error.
     """
 
     recipe: Recipe | None = None
@@ -80,6 +96,8 @@ class Config:
     self_check: bool = True
     weights: str | None = None
     recipe_file: "RecipeFile | None" = None
+    sparsity: float | None = None
+    calibration_tokens: int = CALIBRATION_TOKENS
 
     @classmethod
     def from_options(cls, options: Mapping[str, object] | None = None) -> "Config":
@@ -88,15 +106,18 @@ class Config:
         The option `dump` defaults to the environment variable LAROSA_DUMP.
 
         Raises:
-            OptionError: an option is unknown, or its value has the wrong type.
+            OptionError: an option is unknown, or its value has the wrong type or is out of range.
             RecipeError: `recipe` is a path that holds no valid recipe.
         """
         if options is None:
             options = {}
         if not isinstance(options, Mapping):
-            raise OptionError(f"options must be a mapping, got {type(options).__name__}")
+            raise OptionError(
+                f"options must be a mapping, got {type(options).__name__}; give it as options={{name: value}}"
+            )
         for name in options:
             _check_known(name)
+        sparsity, tokens = options.get("sparsity"), options.get("calibration_tokens", CALIBRATION_TOKENS)
         release = _flag("release_originals", options.get("release_originals", False))
         return cls(
             recipe=_recipe(options.get("recipe")),
@@ -106,7 +127,15 @@ class Config:
             self_check=_flag("self_check", options.get("self_check", not release)),
             weights=None if options.get("weights") is None else _one_of("weights", options["weights"], WEIGHTS),
             recipe_file=RecipeFile.of(options.get("recipe")),
+            sparsity=None if sparsity is None else checked_sparsity("option 'sparsity'", sparsity),
+            calibration_tokens=checked_count("option 'calibration_tokens'", tokens, least=0),
         )
+
+    def applied_to(self, recipe: Recipe) -> Recipe:
+        """The recipe at the sparsity and with the weights that were asked for."""
+        if self.sparsity is not None:
+            recipe = recipe.with_sparsity(self.sparsity)
+        return recipe if self.weights is None else recipe.with_weights(self.weights)
 
 
 def _check_known(name: object) -> None:
@@ -114,8 +143,8 @@ def _check_known(name: object) -> None:
     if name in known:
         return
     nearest = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise OptionError(f"unknown option {name!r}; expected one of {', '.join(map(repr, known))}{hint}")
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "leave it out, or give one of these"
+    raise OptionError(f"unknown option {name!r}; expected one of {', '.join(map(repr, known))}; {hint}")
 
 
 def _recipe(value: object) -> Recipe | None:
@@ -140,17 +169,19 @@ def _dump(value: object) -> Path | None:
 
 def _path(name: str, value: object, allowed: str) -> Path:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-        raise OptionError(f"option {name!r} must be {allowed}, got {value!r}")
+        raise OptionError(f"option {name!r} must be {allowed}, got {value!r}; give one of these")
     return Path(value)
 
 
 def _flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise OptionError(f"option {name!r} must be True or False, got {value!r}")
+        raise OptionError(f"option {name!r} must be True or False, got {value!r}; give one of them")
     return value
 
 
 def _one_of(name: str, value: object, allowed: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
-        raise OptionError(f"option {name!r} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        raise OptionError(
+            f"option {name!r} must be one of {', '.join(map(repr, allowed))}, got {value!r}; give one of them"
+        )
     return value

@@ -15,10 +15,10 @@ from larosa_compile import registry
 from larosa_compile.decoding import ROOM, Spread, compare
 from larosa_compile.errors import OptionError
 from larosa_compile.evaluation import next_token_losses, perplexity
+from larosa_compile.explanation import explain
 from larosa_compile.loading import check_positions
 from larosa_compile.machine import Bandwidth, device_name
 from larosa_compile.recipe import Recipe
-from larosa_compile.report import explain
 
 SPARSITIES = (0.25, 0.4, 0.5, 0.6, 0.75)
 """Nominal sparsities of a curve; the recipe's own is measured as well."""

@@ -1,9 +1,11 @@
 """Second moments of stream activations, streamed over batches: what the rotations are computed from."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from larosa_compile.passes.analysis import GraphFacts
 from larosa_compile.passes.plan import HEAD, SiteChoice
@@ -14,12 +16,21 @@ class Moments:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        self._rows: Counter[Hashable] = Counter()
 
-    def add(self, basis: str, activation: Tensor) -> None:
-        """Adds every row of `activation` [..., d]."""
-        x = activation.detach().reshape(-1, activation.shape[-1]).double()
-        total = self.sums.setdefault(basis, torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64))
-        total.addmm_(x.T.to(total.device), x.to(total.device))
+    @property
+    def tokens(self) -> int:
+        """Tokens added: what one reader has seen, the one that saw most (a head may see the last of each prompt)."""
+        return max(self._rows.values(), default=0)
+
+    def add(self, basis: str, reader: Hashable, activation: Tensor) -> None:
+        """Adds every row of `activation` [..., d] as `reader` sees it."""
+        # a sum made in inference mode could not be added to outside it
+        with torch.inference_mode(False), torch.no_grad():
+            x = activation.reshape(-1, activation.shape[-1]).double()
+            total = self.sums.setdefault(basis, torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64))
+            total.addmm_(x.T.to(total.device), x.to(total.device))
+        self._rows[reader] += len(x)
 
     def principal_components(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Rotations and spectra by basis.
@@ -48,17 +59,26 @@ def _descending_eigen(moment: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0), vectors * largest.sign()
 
 
-def observe(facts: GraphFacts, choices: Mapping[str, SiteChoice], moments: Moments) -> None:
+def observe(facts: GraphFacts, choices: Mapping[str, SiteChoice], add: Callable[..., None], *more: Node) -> None:
     """Makes the graph itself report what is rotated: what a reader sees before the norm's scale, a head behind it.
 
     choices: path of a linear -> its site, which may have no basis; sites that share a basis add up.
+    add: called as `Moments.add` is, with the values of `more` behind. A reader is a path, and how many times the
+    graph has met it before: a weight that layers share reads every token as many times.
     """
     graph = facts.graph.graph
+    met: Counter[str] = Counter()
     for group in facts.groups:
         choice, reader = choices.get(group.name), facts.reader_of(group)
         if choice is None or choice.basis is None:
             continue
-        source = reader.source if reader is not None and choice.kind != HEAD else group.activation
+        if choice.kind == HEAD:
+            source = group.activation
+        elif reader is not None:
+            source = reader.source
+        else:
+            continue
         with graph.inserting_after(source):
-            graph.call_function(moments.add, (choice.basis, source))
+            graph.call_function(add, (choice.basis, (group.name, met[group.name]), source, *more))
+        met[group.name] += 1
     facts.graph.module.recompile()

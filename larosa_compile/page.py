@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 import larosa_compile
 from larosa_compile import curves, plots
 from larosa_compile.drawing import draw_streams
+from larosa_compile.explanation import explain
 from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import Recipe
-from larosa_compile.report import GraphReport, explain
+from larosa_compile.report import GraphReport
 from larosa_compile.tally import OUTSIDE, by_kind, by_layer, layer_of
 
 TEMPLATE = "page.html.jinja"

@@ -19,7 +19,7 @@ WEIGHTS = (OWN_DTYPE, *FORMATS)
 
 def check_weights(weights: object) -> None:
     if weights not in WEIGHTS:
-        raise RecipeError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
+        raise RecipeError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}; give one of them")
 
 
 def checked_number(what: str, value: object) -> float:
@@ -31,7 +31,7 @@ def checked_number(what: str, value: object) -> float:
 def checked_sparsity(value: object) -> float:
     sparsity = checked_number("sparsity", value)
     if not 0 <= sparsity < 1:
-        raise RecipeError(f"sparsity must lie in [0, 1), got {sparsity}")
+        raise RecipeError(f"sparsity must lie in [0, 1), got {sparsity}; give a share such as 0.5")
     return sparsity
 
 

@@ -1,4 +1,5 @@
-"""What this process knows about a model, held by its parameters and gone with them: its recipe, its reports."""
+"""What this process knows about a model, held by its parameters and gone with them: its recipe, what is being
+collected for one, its reports."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -8,11 +9,13 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
+    from larosa_compile.collection import Collection
     from larosa_compile.recipe import Recipe
     from larosa_compile.report import GraphReport
 
 _paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _recipes: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_collections: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _reports: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -31,9 +34,10 @@ def path_of(parameter: Tensor) -> str | None:
 def remember_recipe(model: torch.nn.Module, recipe: "Recipe") -> None:
     """Makes `recipe` the one that a compile of `model` without options uses."""
     remember_paths(model)
-    replaces = recipe_of(model.parameters()) is not None
+    replaces = recipe_of(model.parameters()) is not None or any(p in _collections for p in model.parameters())
     for parameter in model.parameters():
         _recipes[parameter] = recipe
+        _collections.pop(parameter, None)
     if replaces:
         # graphs compiled from the old recipe are equal to Dynamo's eye: same model, same backend, same options
         drop_graphs()
@@ -48,6 +52,24 @@ def drop_graphs() -> None:
 def recipe_of(parameters: Iterable[Tensor]) -> "Recipe | None":
     """The recipe of the first parameter that has one."""
     return next((_recipes[parameter] for parameter in parameters if parameter in _recipes), None)
+
+
+def remember_collection(parameters: Iterable[Tensor], collection: "Collection") -> None:
+    """Makes `collection` the one that graphs of these parameters report to."""
+    for parameter in parameters:
+        _collections[parameter] = collection
+
+
+def collections_of(parameters: Iterable[Tensor]) -> "list[Collection]":
+    """The collections that these parameters are known to, each once."""
+    return list(dict.fromkeys(_collections[parameter] for parameter in parameters if parameter in _collections))
+
+
+def remember_learnt(collection: "Collection", recipe: "Recipe") -> None:
+    """Makes `recipe` the one that later graphs of the parameters of `collection` are compiled from."""
+    for parameter, owner in list(_collections.items()):
+        if owner is collection:
+            _recipes[parameter] = recipe
 
 
 def add_report(parameters: Iterable[Tensor], report: "GraphReport") -> None:

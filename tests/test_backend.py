@@ -218,7 +218,7 @@ def test_a_recipe_file_written_anew_is_noticed(tmp_path: Path) -> None:
 def test_a_model_without_a_recipe_is_told_how_to_get_one() -> None:
     model = tiny_model("llama")
     with pytest.raises(Exception, match=r"larosa_compile\.calibrate\(model, batches\)") as caught:
-        logits(compiled(model), token_ids(1, 4))
+        logits(compiled(model, calibration_tokens=0), token_ids(1, 4))
     assert isinstance(caught.value.__cause__ or caught.value.inner_exception, MissingRecipeError)
 
 

@@ -1,6 +1,5 @@
 """The benchmarks of kernels and of decoding: what they build, record and refuse, on tiny shapes; never how fast."""
 
-import itertools
 import json
 import subprocess
 from types import SimpleNamespace
@@ -9,7 +8,6 @@ from typing import Any
 import numpy
 import pytest
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -19,16 +17,10 @@ from benchmarks import decode, decoding, kernels, measure, shapes
 from benchmarks.decoding import ATTENTION, DENSE, GENERATED, GROUPS, SPARSE, Subject, Variant
 from larosa_compile import machine
 from larosa_compile.decoding import Prompt
-from larosa_compile.kernels import reference
-from larosa_compile.kernels.formats import FORMATS, WeightFormat
 
 TINY = shapes.Shape("llama", 64, 160, 2, 4, 2, 96, True)
 UNTIED = shapes.Shape("qwen2", 64, 160, 2, 4, 2, 96, False)
 
-KERNEL_FIELDS = {
-    *("shape", "dtype", "sparsity", "rows", "us_median", "us_min", "us_max", "gb_per_s", "bandwidth_share"),
-    *("dense_us_median", "dense_gb_per_s", "ratio", "selection_us", "selection_share", "bandwidth_gb_s"),
-}
 DECODE_FIELDS = {
     *("model", "layers", "variant", "sparsity", "context", "tokens_per_s", "spread", "ms_per_token"),
     *("bytes_per_token", "bandwidth_gb_s", "bandwidth_bound_ms", "over_bound", "vs_inductor"),
@@ -119,59 +111,6 @@ def test_a_built_model_is_complete(name: str) -> None:
     assert cut.config.num_hidden_layers == 1 and shapes.parameters(cut) < shapes.parameters(model)
     with pytest.raises(ValueError, match="1 to 2 layers, got 3"):
         shapes.build(name, layers=3)
-
-
-def test_a_record_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MAX_PRODUCTS", "SELECTION_PRODUCTS"):
-        monkeypatch.setattr(kernels, name, 2)
-    with torch.no_grad():
-        records = kernels.measured((48, 40), "bf16", [0.5, 0.0], rows=1, rounds=2, weight_bytes=100_000)
-    for record, sparsity in zip(records, (0.5, 0.0), strict=True):
-        assert record.keys() == KERNEL_FIELDS
-        assert (record["shape"], record["dtype"], record["sparsity"], record["rows"]) == ([48, 40], "bf16", sparsity, 1)
-        assert all(record[name] > 0 for name in KERNEL_FIELDS - {"shape", "dtype", "sparsity", "rows"})
-        assert record["us_min"] <= record["us_median"] <= record["us_max"]
-        assert record["gb_per_s"] * record["us_median"] * 1e3 == pytest.approx(48 * 40 * 2 * (1 - sparsity))
-        assert record["ratio"] * record["us_median"] == pytest.approx(record["dense_us_median"])
-    assert json.loads(json.dumps(records)) == records
-    assert "48x40" in shown(kernels.table("bf16", 1, records))
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-def test_what_is_timed_are_the_products(rows: int) -> None:
-    weights = kernels.copies((40, 24), torch.float32, 3 * 40 * 24 * 4)
-    x = [torch.randn(rows, 40) for _ in weights]
-    with torch.no_grad():
-        sparse: Any = kernels._sparse(x, [weights], kernels.Product(10, 24, None))()
-        dense: Any = kernels._dense(x, [weights])()
-    assert len(sparse[0]) == len(dense) == len(weights)
-    for found, product, row, weight in zip(sparse[0], dense, x, weights, strict=True):
-        torch.testing.assert_close(found, reference.sparse_linear(row, weight, 10))
-        assert torch.equal(product, F.linear(row, weight.view(24, 40)))
-
-
-@pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
-def test_products_with_packed_weights(form: WeightFormat) -> None:
-    weights = kernels.packed_copies((40, 24), form, 3 * 4096)
-    assert len(weights) >= 3 and len({weight.data_ptr() for weight in weights}) == len(weights)
-    x = [torch.randn(1, 40).bfloat16() for _ in weights]
-    product = kernels.Product(10, 24, form)
-    calls = kernels.in_calls(weights)
-    with torch.no_grad():
-        found: Any = kernels._sparse(x, calls, product)()
-    for row, weight, y in zip(x, calls[0], found[0], strict=False):
-        expected = reference.sparse_linear_packed(row, weight, 10, 24, form.name)
-        torch.testing.assert_close(y, expected, rtol=2**-7, atol=2**-7 * float(expected.abs().max()))
-
-
-@pytest.mark.parametrize(("size", "count"), [((577, 3), 9), ((16, 16), 2), ((5, 5), 37)])
-def test_copies_are_distinct_aligned_and_whole_calls(size: kernels.Size, count: int) -> None:
-    found = kernels.copies(size, torch.bfloat16, count * size[0] * size[1] * 2)
-    assert len(found) >= count and (len(found) <= kernels.MAX_PRODUCTS or len(found) % kernels.MAX_PRODUCTS == 0)
-    assert all(weight.shape == size and weight.is_contiguous() and weight.isfinite().all() for weight in found)
-    places = sorted(weight.data_ptr() for weight in found)
-    assert all(place % kernels.ALIGNMENT == 0 for place in places)
-    assert all(after - before >= found[0].nbytes for before, after in itertools.pairwise(places))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import larosa_compile
-from benchmarks import demo, measure
+from benchmarks import demo, measure, online
 from larosa_compile import decoding, machine
 from larosa_compile.decoding import Spread
 from larosa_compile.evaluation import next_token_losses, perplexity
@@ -126,3 +126,22 @@ def _eager(arguments: dict[str, Any]) -> dict[str, Any]:
     if arguments.get("backend") == "larosa":
         arguments["options"] = {**arguments["options"], "lowering": "eager"}
     return arguments
+
+
+def test_online_compares_recipes_of_equal_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(online, "CONTEXT", 16)
+    monkeypatch.setattr(online, "LENGTHS", (7, 16))
+    text = token_ids(1, 40)
+    assert torch.equal(torch.cat(list(online.prompts_of(text)), 1), text)
+    assert [prompt.shape[1] for prompt in online.prompts_of(text)] == [7, 16, 7, 10]
+    model, held_out = tiny_model("llama", num_hidden_layers=1), [token_ids(1, 16, seed) for seed in (5, 6)]
+    records = online.compared("tiny", model, text, held_out, 0.5, {"lowering": "eager"})
+    torch._dynamo.reset()
+    assert [record["method"] for record in records] == ["dense", "calibrate", "online"]
+    dense, explicit, learnt = records
+    assert explicit["calibration_tokens"] == learnt["calibration_tokens"] == 40
+    assert (explicit["prompts"], learnt["prompts"]) == (3, 4)
+    assert dense["ppl"] == perplexity(next_token_losses(model, held_out))
+    assert learnt["over_explicit"] == learnt["ppl"] / explicit["ppl"] - 1
+    with simulated(model, larosa_compile.recipe_of(model)):
+        assert explicit["ppl"] == pytest.approx(perplexity(next_token_losses(model, held_out)), rel=1e-4)

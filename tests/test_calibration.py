@@ -132,7 +132,7 @@ def test_token_ids_may_come_in_any_number_of_rows() -> None:
 REFUSED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     ("a text", {}, OptionError, "pass tokenizer="),
     (["a text", "another"], {}, OptionError, "pass tokenizer="),
-    ("a text", {"tokenizer": Characters(), "context": 0}, OptionError, "at least 1 token, got 0"),
+    ("a text", {"tokenizer": Characters(), "context": 0}, OptionError, "at least 1, got 0"),
     (["text", 3], {"tokenizer": Characters()}, OptionError, r"integer tensor \[batch, tokens\], got"),
     (["text", token_ids(1, 4)], {"tokenizer": Characters()}, OptionError, "got"),
     ([torch.rand(2, 4)], {}, OptionError, r"got torch\.float32 \(2, 4\)"),

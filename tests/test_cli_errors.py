@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+import typer
 from typer.testing import CliRunner
 
 import larosa_compile
 from larosa_compile import recipe_file
 from larosa_compile.cli import app as command_line
 from larosa_compile.cli.app import app, described
-from larosa_compile.config import Config
-from larosa_compile.errors import LarosaError, OptionError, RecipeError
+from larosa_compile.errors import LarosaError
 from larosa_compile.loading import in_one_line, load_model
 from larosa_compile.recipe import Recipe
 from tests.support.models import tiny_model, token_ids
@@ -97,7 +97,24 @@ USAGE = [
     ("explain m --recipe {}/no", "{}/no is no file", "one that exists"),
     (f"eval m {RECIPE}", "Missing option", "'--text'"),
     (f"eval m {RECIPE} {TEXT} --windows 0", "0", "1"),
+    (f"eval m {RECIPE} {TEXT} --context 1", "1", "2"),
+    (f"eval m {RECIPE} --text {{}}/no.txt", "{}/no.txt is no file", "one that exists"),
+    (f"bench m {RECIPE} --context 0", "0", "1"),
+    (f"bench m {RECIPE} --rounds 0", "0", "1"),
 ]
+
+COMMANDS = {
+    "calibrate": f"{CALIBRATE} {TEXT}",
+    "generate": f"generate {{}}/model -p w3 {RECIPE}",
+    "bench": f"bench {{}}/model {RECIPE}",
+    "explain": f"explain {{}}/model {RECIPE}",
+    "eval": f"eval {{}}/model {RECIPE} {TEXT}",
+}
+"""A line of each command that loads a model, with nothing wrong but the recipe."""
+
+USAGE += [(f"{line} --dtype int4", "int4", "'auto', 'bfloat16', 'float16', 'float32'") for line in COMMANDS.values()]
+USAGE += [(f"{line} --sparsity 1.5", "got 1.5", "[0, 1)") for line in COMMANDS.values()]
+USAGE += [(f"{COMMANDS[name]} -r {{}}/no", "{}/no is no file", "one that exists") for name in [*COMMANDS][1:]]
 
 
 @pytest.mark.parametrize(("arguments", "given", "allowed"), USAGE, ids=[case[0] for case in USAGE])
@@ -143,6 +160,8 @@ FAILURES = [
     (f"{CALIBRATE} --dataset {{}}/data:test", "test", "NAME[:split[:column]]", "give "),
 ]
 
+FAILURES += [(f"{line} --device abacus", "'abacus'", "cpu or cuda:0", "allowed is") for line in COMMANDS.values()]
+
 
 @pytest.mark.parametrize(("arguments", "given", "allowed", "to_do"), FAILURES, ids=[case[0] for case in FAILURES])
 def test_an_error(
@@ -154,6 +173,18 @@ def test_an_error(
     assert given.replace("{}", str(folder)) in line and allowed in line and to_do in line
     assert "not expected" not in line
     assert not (folder / "r.safetensors").exists()
+
+
+def test_every_option_is_in_these_tables() -> None:
+    """Options that take a value, and arguments; a prompt may be anything."""
+    lines = [case[0] for case in (*USAGE, *FAILURES)]
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        words = {word.partition("=")[0] for line in lines if line.split()[0] == name for word in line.split()}
+        words |= {"--output"} if "-o" in words else set()
+        for parameter in command.params:
+            if parameter.param_type_name == "option" and not parameter.is_flag:
+                assert words & {*parameter.opts}, f"larosa {name} {parameter.opts}"
+        assert f"{name}" in lines or any(line.startswith(f"{name} {{}}/") for line in lines), "its first argument"
 
 
 def test_a_model_on_the_hub_that_cannot_be_had(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,37 +214,16 @@ def test_a_model_that_transformers_does_not_compile(tmp_path: Path) -> None:
     assert "did not compile this model's decoding" in line and "no cache of a fixed size; run it with --dense" in line
 
 
-OPTIONS: list[tuple[Any, str, str]] = [
-    # options of the backend, what was given, what is allowed; to do is to pass that
-    ({"sparsty": 0.5}, "'sparsty'", "expected one of 'dump', 'lowering', 'recipe', 'release_originals', 'self_check'"),
-    ({"recipes": "r"}, "'recipes'", "did you mean 'recipe'?"),
-    ([("recipe", "r")], "list", "must be a mapping"),
-    ({"recipe": 3}, "3", "must be a Recipe, the path of a recipe file, or None"),
-    ({"recipe": ""}, "''", "must be a Recipe, the path of a recipe file, or None"),
-    ({"recipe": "no"}, "no recipe at no", "give a file that Recipe.save wrote"),
-    ({"dump": 1}, "1", "must be the path of a folder, or None"),
-    ({"lowering": "triton"}, "'triton'", "must be one of 'inductor', 'eager'"),
-    ({"self_check": 1}, "1", "must be True or False"),
-    ({"release_originals": "yes"}, "'yes'", "must be True or False"),
-]
-
-
-@pytest.mark.parametrize(("options", "given", "allowed"), OPTIONS, ids=[str(case[0]) for case in OPTIONS])
-def test_a_wrong_option_of_the_backend(options: Any, given: str, allowed: str) -> None:
-    with pytest.raises((OptionError, RecipeError)) as caught:
-        Config.from_options(options)
-    line = described(caught.value)
-    assert line == str(caught.value) and "\n" not in line
-    assert given in line and allowed in line
-
-
 def test_what_dynamo_wraps_is_still_one_line() -> None:
     model = tiny_model("llama", num_hidden_layers=1)
     fast = torch.compile(model, backend="larosa", options={"lowering": "triton"})
     with torch.no_grad(), pytest.raises(Exception, match="triton") as caught:
         fast(token_ids(1, 3), use_cache=False)
     torch._dynamo.reset()
-    assert described(caught.value) == "option 'lowering' must be one of 'inductor', 'eager', got 'triton'"
+    assert (
+        described(caught.value)
+        == "option 'lowering' must be one of 'inductor', 'eager', got 'triton'; give one of them"
+    )
 
 
 def test_what_the_system_refuses_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,12 +68,12 @@ def test_dump_variable_is_the_default_only(monkeypatch: pytest.MonkeyPatch, tmp_
     [
         (
             {"lowring": "eager"},
-            "unknown option 'lowring'; expected one of 'dump', 'lowering', 'recipe', 'release_originals', "
-            "'self_check', 'weights'; did you mean 'lowering'",
+            "unknown option 'lowring'; expected one of 'calibration_tokens', 'dump', 'lowering', 'recipe', "
+            "'release_originals', 'self_check', 'sparsity', 'weights'; did you mean 'lowering'",
         ),
         (
-            {"sparsity": 0.5},
-            "unknown option 'sparsity'; expected one of .*, 'release_originals', 'self_check', 'weights'$",
+            {"rotation": "layer"},
+            "unknown option 'rotation'; expected one of .*, 'sparsity', 'weights'; leave it out, or give one of these$",
         ),
         ({3: None}, "unknown option 3;"),
         ({"recipe": 0.5}, "option 'recipe' must be a Recipe, the path of a recipe file, or None, got 0.5"),

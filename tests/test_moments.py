@@ -23,7 +23,7 @@ def activations(rows: int, features: int = FEATURES, seed: int = 0) -> Tensor:
 def moments_of(*batches: Tensor) -> Moments:
     moments = Moments()
     for batch in batches:
-        moments.add("b", batch)
+        moments.add("b", "reader", batch)
     return moments
 
 
@@ -47,8 +47,8 @@ def test_batches_in_any_cut_are_one_batch() -> None:
 
 def test_one_matrix_a_basis_is_all_that_is_kept() -> None:
     moments = moments_of(activations(50), activations(7))
-    moments.add("other", activations(9, 5))
-    assert vars(moments) == {"sums": moments.sums}
+    moments.add("other", "reader", activations(9, 5))
+    assert moments.tokens == 66 and not any(isinstance(value, Tensor) for value in vars(moments).values())
     assert {basis: tuple(total.shape) for basis, total in moments.sums.items()} == {
         "b": (FEATURES, FEATURES),
         "other": (5, 5),
@@ -93,7 +93,7 @@ def test_readers_that_share_a_basis_add_up_and_a_head_sees_the_scale() -> None:
     facts = analyse(captured.graph)
     sites = allocate(facts, 0.5, Coefficients(), "layer")
     moments = Moments()
-    observe(facts, sites, moments)
+    observe(facts, sites, moments.add)
 
     expected: dict[str, Tensor] = {}
 
@@ -113,5 +113,6 @@ def test_readers_that_share_a_basis_add_up_and_a_head_sees_the_scale() -> None:
         (observed,) = captured.graph.module(*values)
     assert torch.allclose(observed, dense, rtol=0, atol=16 * torch.finfo(torch.float32).eps * float(dense.abs().max()))
     assert moments.sums.keys() == expected.keys()
+    assert moments.tokens == tokens.numel(), "two readers share a basis, and each sees every token"
     for basis, total in expected.items():
         assert (moments.sums[basis] - total).norm() <= 16 * torch.finfo(torch.float32).eps * total.norm()

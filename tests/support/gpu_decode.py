@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import StaticCache
 
-from larosa_compile import backend
+from larosa_compile import compiled as compiling
 from larosa_compile.capture import Boxed, Captured, boxed, capture
 from larosa_compile.config import Config
 from larosa_compile.passes.pipeline import Rewritten, rewrite
@@ -167,14 +167,14 @@ def decode_program(step: DecodeStep, choose: Choose, target: str = "sm_90", mode
             static.update(names[index] for index in arguments["static_input_idxs"])
             return original(module, fakes, **arguments)
 
-        original = backend.compile_fx_inner
+        original = compiling.compile_fx_inner
         weights: Any = SimpleNamespace(tensors=[], check_fresh=lambda inputs: None)
         with torch.no_grad():
-            backend.compile_fx_inner = keep_static
+            compiling.compile_fx_inner = keep_static
             try:
-                compiled = backend._with_folded_weights(captured, weights, Config())
+                compiled = compiling.compile_rewritten(captured, Config()).with_weights(weights, Config())
             finally:
-                backend.compile_fx_inner = original
+                compiling.compile_fx_inner = original
         made.append((rewritten, inputs, static))
         return compiled
 

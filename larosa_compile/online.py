@@ -1,0 +1,174 @@
+"""A model without a recipe: it runs dense and exact while one is learnt from its own traffic, and sparse from then on.
+
+Every graph of it is compiled sparse when it is captured, as far as that goes without rotations: shapes, sites and
+numbers of kept features are known, and folded weights are inputs. So the switch compiles nothing and has no guard: it
+folds the weights, checks the graph, and calls what is there. Until then the captured graph runs as it is, operation
+by operation, and reports what its readers see. All graphs of a model share one collection.
+"""
+
+import logging
+import threading
+from dataclasses import dataclass, replace
+from typing import Any
+
+from larosa_compile import registry
+from larosa_compile.allocation import Coefficients, allocate
+from larosa_compile.capture import Boxed, Captured
+from larosa_compile.collection import Collection
+from larosa_compile.compiled import CompiledGraph, compile_rewritten, lower_dense
+from larosa_compile.config import Config
+from larosa_compile.errors import OptionError
+from larosa_compile.moments import observe
+from larosa_compile.passes.graph import Refusal
+from larosa_compile.passes.pipeline import Rewritten, facts_of, pack, rewrite
+from larosa_compile.recipe import Recipe
+from larosa_compile.recipe_checks import OWN_DTYPE
+from larosa_compile.report import described, report_of
+from larosa_compile.self_check import find_fault
+from larosa_compile.trace import Trace
+from larosa_compile.weights import FoldedWeights
+
+SPARSITY = 0.5
+"""Nominal sparsity of what is learnt, where no option says another."""
+
+_log = logging.getLogger("larosa_compile")
+
+_joining = threading.Lock()
+
+
+def compile_online(captured: Captured, config: Config, started: float) -> Boxed:
+    """The graph in a callable that runs it dense, and sparse as soon as there is a recipe.
+
+    started: when the backend was entered, as `time.perf_counter` says it.
+
+    Raises:
+        OptionError: the originals are to be released, which the dense graph reads.
+    """
+    if config.release_originals:
+        raise OptionError(
+            "option 'release_originals' must be False for a model that has no recipe yet, got True; calibrate it "
+            "first, or pass options={'recipe': …}"
+        )
+    # what the model was called with first would otherwise live as long as the graph, its cache included
+    captured = replace(captured, inputs=[])
+    with _joining:
+        collection, captured, is_new = _collection_for(captured, config)
+        observing = captured.copy()
+        facts = facts_of(observing.graph, observing.fake_mode)
+        sparsity = collection.sparsity if config.sparsity is None else config.sparsity
+        choices = allocate(facts, sparsity, Coefficients(), "layer")
+        if not choices:
+            return _without_sites(captured, config)
+        choices = collection.join(captured, choices)
+    if is_new:
+        _log.warning(
+            "this model has no recipe: it runs dense and exact while larosa learns one from the next %d tokens, then "
+            "sparse (nominal sparsity %g); options={'calibration_tokens': 0} turns this off, and "
+            "larosa_compile.calibrate does it beforehand",
+            collection.wanted,
+            sparsity,
+        )
+    observe(facts, choices, collection.add, *filter(None, (observing.attention_mask,)))
+    trace, packs = Trace(config.dump, started), config.weights not in (None, OWN_DTYPE)
+    attempt = captured.copy()
+    rewritten = rewrite(attempt.graph, choices, captured.fake_mode, trace.graph, not packs)
+    # another one, as compiling erases and rewrites what the check at the switch still needs
+    final = captured.copy()
+    read = rewrite(final.graph, choices, captured.fake_mode, share_tables=not packs)
+    if config.weights is not None and packs:
+        read = pack(final.graph, read, config.weights, captured.fake_mode, trace.graph)
+    with trace.stage(config.lowering):
+        compiled = compile_rewritten(final, config)
+    trace.plan(read.plan)
+    trace.generated(compiled.run)
+    parts = _Parts(captured, attempt, rewritten, read, compiled, trace)
+    return _SwitchingGraph(collection, observing, parts, config)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a switch needs. rewritten: `attempt`, which is checked; read: what was compiled, perhaps in fewer bits."""
+
+    captured: Captured
+    attempt: Captured
+    rewritten: Rewritten
+    read: Rewritten
+    compiled: CompiledGraph
+    trace: Trace
+
+
+class _SwitchingGraph:
+    """A compiled graph (AOTAutograd's calling convention) that is dense until its collection has a recipe."""
+
+    _boxed_call = True
+
+    def __init__(self, collection: Collection, observing: Captured, parts: _Parts, config: Config) -> None:
+        self._collection, self._config = collection, config
+        self._dense = observing.graph.module
+        self._parts: _Parts | None = parts
+        self._final: Boxed | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, inputs: list[Any]) -> Any:
+        final = self._final
+        if final is None:
+            # before a call and not after it: by then the other graphs of the model have been met
+            recipe = self._collection.learnt()
+            if recipe is None:
+                return self._dense(*inputs)
+            with self._lock:
+                final = self._final = self._final or self._switched(recipe, inputs)
+        return final(inputs)
+
+    def _switched(self, recipe: Recipe, inputs: list[Any]) -> Boxed:
+        """What the graph is from now on; dense, should the check find that it computes something else."""
+        assert self._parts is not None
+        parts, self._parts = self._parts, None
+        trace, recipe = parts.trace, self._config.applied_to(recipe)
+        with trace.stage("fold weights"):
+            checked = FoldedWeights(list(parts.rewritten.folded.values()), parts.attempt, recipe)
+        faults: list[Refusal] = []
+        if self._config.self_check:
+            met = replace(parts.captured, inputs=list(inputs))
+            with trace.stage("self-check"):
+                fault = find_fault(met, parts.attempt, parts.rewritten, checked.tensors, recipe)
+            sites = {linear.path for site in parts.rewritten.sites for linear in site.site.linears}
+            faults = [Refusal(path, fault.reason) for path in sorted(sites)] if fault else []
+        read = parts.read
+        if faults:
+            # compiled anew it is sparse where it can be: which sites these are is found there, one by one
+            _log.warning(
+                "a graph of this model stays dense, as its check failed; call torch._dynamo.reset() to compile it "
+                "anew with what was learnt, without the sites at fault"
+            )
+            read = rewrite(parts.captured.copy().graph, {}, parts.captured.fake_mode)
+        report = report_of(read, described(recipe), faults, recipe.packs)
+        trace.report(report)
+        registry.add_report(parts.captured.tensors.values(), report)
+        trace.done(report)
+        if faults:
+            return lower_dense(parts.captured, replace(self._config, lowering="eager"))
+        # the weights that were checked are still there: these are the same, or are made of them
+        weights = FoldedWeights(list(read.folded.values()), parts.attempt, recipe)
+        return parts.compiled.with_weights(weights, self._config)
+
+
+def _without_sites(captured: Captured, config: Config) -> Boxed:
+    """A graph, perhaps a part of a model, in which no linear feeds a residual stream."""
+    report = report_of(rewrite(captured.copy().graph, {}, captured.fake_mode), "nothing to learn: no site")
+    registry.add_report(captured.tensors.values(), report)
+    _log.info("a graph of this model has no linear that feeds a residual stream, so it stays dense")
+    return lower_dense(captured, config)
+
+
+def _collection_for(captured: Captured, config: Config) -> tuple[Collection, Captured, bool]:
+    """The collection a graph reports to, the graph with its names, and whether it is a new one."""
+    for known in registry.collections_of(captured.tensors.values()):
+        names = known.names(captured)
+        if known.recipe is None and names is not None:
+            return known, captured.renamed(names), False
+    return (
+        Collection(SPARSITY if config.sparsity is None else config.sparsity, config.calibration_tokens),
+        captured,
+        True,
+    )
