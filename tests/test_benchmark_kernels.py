@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
 from benchmarks import kernels
 from larosa_compile.kernels import reference

@@ -118,6 +118,16 @@ def test_inspect(folder: Path) -> None:
         assert part in said
 
 
+def test_weights_in_a_recipe_and_on_the_command_line(folder: Path, tmp_path: Path) -> None:
+    target, text = tmp_path / "r.safetensors", folder / "text.txt"
+    ran("calibrate", folder, "--text", text, "--tokens", 96, "--context", 32, "--weights", "int4", "-o", target)
+    assert ran_json("inspect", target)["weights"] == "int4" and "weights     int4" in ran("inspect", target)
+    arguments = ("eval", folder, "-r", target, "--text", text, "--context", 24, "--windows", 1, "--sparsity", 0)
+    found, plain = ran_json(*arguments), ran_json(*arguments, "--weights", "model")
+    assert (found["weights"], plain["weights"]) == ("int4", "model")
+    assert plain["gap"] == pytest.approx(0, abs=0.01) and abs(found["gap"]) > 0.05
+
+
 def test_explain(folder: Path) -> None:
     recipe = folder / "tiny.larosa.safetensors"
     model, _ = loaded(folder)
@@ -125,6 +135,8 @@ def test_explain(folder: Path) -> None:
     (graph,) = ran_json("explain", folder, "-r", recipe, "--sparsity", 0.4)["graphs"]
     assert graph["bytes_skipped_share"] == report.graphs[0].bytes_skipped_share
     assert [site["kept"] for site in graph["sites"]] == [site.kept for site in report.graphs[0].sites]
+    (packed,) = ran_json("explain", folder, "-r", recipe, "--weights", "int8")["graphs"]
+    assert {site["weights"] for site in packed["sites"]} == {"int8"} and packed["sparse_bytes"] < graph["sparse_bytes"]
     said = ran("explain", folder)
     assert "the plan at nominal sparsity 0.5" in said and report.graphs[0].sites[0].paths[0].rpartition(".")[0] in said
 

@@ -113,6 +113,7 @@ COMMANDS = {
 """A line of each command that loads a model, with nothing wrong but the recipe."""
 
 USAGE += [(f"{line} --dtype int4", "int4", "'auto', 'bfloat16', 'float16', 'float32'") for line in COMMANDS.values()]
+USAGE += [(f"{line} --weights int3", "int3", "'model', 'int8', 'int4'") for line in COMMANDS.values()]
 USAGE += [(f"{line} --sparsity 1.5", "got 1.5", "[0, 1)") for line in COMMANDS.values()]
 USAGE += [(f"{COMMANDS[name]} -r {{}}/no", "{}/no is no file", "one that exists") for name in [*COMMANDS][1:]]
 

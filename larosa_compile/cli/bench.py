@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from larosa_compile.cli.options import AsJson, Device, DtypeOption, Model, OtherSparsity, RecipeFile
+from larosa_compile.cli.options import AsJson, Device, DtypeOption, Model, OtherSparsity, OtherWeights, RecipeFile
 
 if TYPE_CHECKING:
     from larosa_compile.decoding import Spread
@@ -14,6 +14,7 @@ def bench(
     model: Model,
     recipe: RecipeFile,
     sparsity: OtherSparsity = None,
+    weights: OtherWeights = None,
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens of the prompt, which are random.")] = 128,
     tokens: Annotated[int, typer.Option("--tokens", min=1, max=127, help="Timed in a round of each variant.")] = 32,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="In which the variants take turns.")] = 5,
@@ -30,7 +31,7 @@ def bench(
     from larosa_compile.loading import check_positions
     from larosa_compile.progress import progress_bar
 
-    used = open_recipe(recipe, sparsity)
+    used = open_recipe(recipe, sparsity, weights)
     loaded = open_model(model, dtype, device)
     check_positions(loaded, context + ROOM, f"--context and {ROOM} tokens behind it together")
     used.attach(loaded)
@@ -53,6 +54,7 @@ def bench(
                 "model": model,
                 "recipe": used.digest,
                 "sparsity": used.sparsity,
+                "weights": used.weights,
                 "device": where,
                 "torch": torch.__version__,
                 "protocol": protocol,
@@ -63,7 +65,7 @@ def bench(
         return
     shown = table("variant", "tokens/s", "ms/token", "fastest", "slowest", "first 4 tokens, s", title=protocol)
     for name, row in rows.items():
-        label = f"{name}, sparsity {used.sparsity:g}" if name == "larosa" else name
+        label = f"{name}, sparsity {used.sparsity:g}, {used.weights} weights" if name == "larosa" else name
         numbers = (
             row["tokens_per_s"],
             row["ms_per_token"],

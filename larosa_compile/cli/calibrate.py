@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from larosa_compile.cli.options import Device, DtypeOption, Model, existing_files, sparsity_in_range, writable_file
+from larosa_compile.cli.options import (
+    Device,
+    DtypeOption,
+    Model,
+    Weights,
+    existing_files,
+    sparsity_in_range,
+    writable_file,
+)
 
 if TYPE_CHECKING:
     from larosa_compile.allocation import Rotation
@@ -43,6 +51,9 @@ def calibrate(
             "--rotation", metavar="auto|layer|model|N|none", callback=_known_rotation, help="Layers per basis."
         ),
     ] = "layer",
+    weights: Annotated[
+        Weights, typer.Option("--weights", help="Format that compiled weights are read in; model: the model's dtype.")
+    ] = "model",
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="To calibrate on, in whole windows.")] = 24576,
     context: Annotated[
         int | None, typer.Option("--context", min=2, help="Tokens in a window; by default 1024, or all a model takes.")
@@ -69,7 +80,7 @@ def calibrate(
     recipe = larosa_compile.calibrate(
         loaded, [window.to(loaded.device) for window in windows], sparsity, rotation=layers
     )
-    recipe.save(output)
+    recipe.with_weights(weights).save(output)
     measured = sum(window.numel() for window in windows)
     if measured < tokens:
         note(f"the text has fewer than {tokens} tokens: calibrated on all {measured}")

@@ -5,7 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
-from larosa_compile.cli.options import AsJson, Device, DtypeOption, Model, OtherSparsity, RecipeFile, existing_files
+from larosa_compile.cli.options import (
+    AsJson,
+    Device,
+    DtypeOption,
+    Model,
+    OtherSparsity,
+    OtherWeights,
+    RecipeFile,
+    existing_files,
+)
 
 
 def evaluate(
@@ -16,6 +25,7 @@ def evaluate(
         typer.Option("--text", callback=existing_files, help="A text file; may be given again.", show_default=False),
     ],
     sparsity: OtherSparsity = None,
+    weights: OtherWeights = None,
     context: Annotated[
         int | None, typer.Option("--context", min=2, help="Tokens in a window; by default 1024, or all a model takes.")
     ] = None,
@@ -33,7 +43,7 @@ def evaluate(
     from larosa_compile.evaluation import next_token_losses, perplexity
     from larosa_compile.progress import progress_bar
 
-    used = open_recipe(recipe, sparsity)
+    used = open_recipe(recipe, sparsity, weights)
     tokenizer, loaded = open_tokenizer(model), open_model(model, dtype, device)
     asked = window_length(loaded, context)
     found = windows_of(file_texts(text, windows * asked), tokenizer, asked, windows, "--text")
@@ -52,11 +62,14 @@ def evaluate(
         "of a window; sparse: every token sparse, through the compiled graph"
     )
     if as_json:
-        result = {"model": model, "recipe": used.digest, "sparsity": used.sparsity, "perplexity": measured, "gap": gap}
+        result = {"model": model, "recipe": used.digest, "sparsity": used.sparsity, "weights": used.weights}
+        result |= {"perplexity": measured, "gap": gap}
         print_json(result | {"tokens": tokens, "windows": len(found), "context": length, "protocol": protocol})
         return
     shown = table("model", "perplexity", "gap")
     shown.add_row("dense", f"{measured['dense']:.3f}", "")
-    shown.add_row(f"sparse, nominal {used.sparsity:g}", f"{measured['sparse']:.3f}", f"{gap:+.3f}")
+    shown.add_row(
+        f"sparse, nominal {used.sparsity:g}, {used.weights} weights", f"{measured['sparse']:.3f}", f"{gap:+.3f}"
+    )
     print_table(shown)
     typer.echo(f"{tokens} tokens predicted: {protocol}")

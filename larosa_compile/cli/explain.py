@@ -13,6 +13,7 @@ from larosa_compile.cli.options import (
     Model,
     OptionalRecipeFile,
     OtherSparsity,
+    OtherWeights,
     existing_files,
     writable_file,
 )
@@ -29,6 +30,7 @@ def explain(
     model: Model,
     recipe: OptionalRecipeFile = None,
     sparsity: OtherSparsity = None,
+    weights: OtherWeights = None,
     html: Annotated[
         Path | None,
         typer.Option("--html", metavar="FILE", callback=writable_file, help="Write a page with figures as well."),
@@ -60,7 +62,7 @@ def explain(
     from larosa_compile.cli.output import note, print_json
     from larosa_compile.progress import progress_bar
 
-    used = open_recipe(recipe, sparsity) if recipe is not None else None
+    used = open_recipe(recipe, sparsity, weights) if recipe is not None else None
     loaded = open_model(model, dtype, device)
     with progress_bar(True) as bar:
         bar.add_task("analysing", total=None)

@@ -4,7 +4,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from larosa_compile.cli.options import AsJson, Device, DtypeOption, Model, OptionalRecipeFile, OtherSparsity
+from larosa_compile.cli.options import (
+    AsJson,
+    Device,
+    DtypeOption,
+    Model,
+    OptionalRecipeFile,
+    OtherSparsity,
+    OtherWeights,
+)
 
 if TYPE_CHECKING:
     from larosa_compile.generation import Continuation
@@ -17,6 +25,7 @@ def generate(
     ],
     recipe: OptionalRecipeFile = None,
     sparsity: OtherSparsity = None,
+    weights: OtherWeights = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Of each prompt.")] = 128,
     chat: Annotated[
         bool | None,
@@ -37,7 +46,7 @@ def generate(
     from larosa_compile.generation import Generator, prompt_ids
     from larosa_compile.progress import progress_bar
 
-    used = None if dense or recipe is None else open_recipe(recipe, sparsity)
+    used = None if dense or recipe is None else open_recipe(recipe, sparsity, weights)
     tokenizer = open_tokenizer(model)
     prompts = [prompt_ids(tokenizer, text, chat) for text in prompt]
     loaded = open_model(model, dtype, device)
@@ -59,6 +68,7 @@ def generate(
                 "model": model,
                 "recipe": used.digest if used else None,
                 "sparsity": used.sparsity if used else 0.0,
+                "weights": used.weights if used else "model",
                 "dtype": str(loaded.dtype).removeprefix("torch."),
                 "device": str(loaded.device),
                 "compile_s": warm_up_s if used else None,

@@ -29,6 +29,7 @@ def inspect(
         f"{recipe}: a recipe at nominal sparsity {found['sparsity']:g}, {found['file_bytes'] / 1e6:.1f} MB\n"
         f"digest      {found['digest']}\n"
         f"model       {found['parameters']} names of parameters\n"
+        f"weights     {found['weights']}\n"
         f"bases       {_bases(found['bases'])}"
     )
     for key, value in found["calibration"].items():
@@ -55,6 +56,7 @@ def summary(recipe: "Recipe") -> dict[str, Any]:
     return {
         "digest": recipe.digest,
         "sparsity": recipe.sparsity,
+        "weights": recipe.weights,
         "sites": len(recipe.sites),
         "kinds": kinds,
         "bases": {key: len(rotation) for key, rotation in recipe.rotations.items()},

@@ -5,20 +5,21 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from larosa_compile.cli.options import Dtype
+from larosa_compile.cli.options import Dtype, Weights
 from larosa_compile.loading import DTYPES, load_model, load_tokenizer
 from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import Recipe
 
 
-def open_recipe(path: Path, sparsity: float | None = None) -> Recipe:
-    """A recipe from its file, at another nominal sparsity where one is given.
+def open_recipe(path: Path, sparsity: float | None = None, weights: Weights | None = None) -> Recipe:
+    """A recipe from its file, at another nominal sparsity and for weights in another format where these are given.
 
     Raises:
         RecipeError: there is no whole recipe in the file.
     """
     recipe = Recipe.load(path)
-    return recipe if sparsity is None else recipe.with_sparsity(sparsity)
+    recipe = recipe if sparsity is None else recipe.with_sparsity(sparsity)
+    return recipe if weights is None else recipe.with_weights(weights)
 
 
 def open_model(name: str, dtype: Dtype, device: str | None) -> PreTrainedModel:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Weights = Literal["model", "int8", "int4"]
 
 
 def sparsity_in_range(value: float | None) -> float | None:
@@ -79,4 +80,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and
 OtherSparsity = Annotated[
     float | None,
     typer.Option("--sparsity", callback=sparsity_in_range, help="Nominal sparsity; by default the recipe's."),
+]
+OtherWeights = Annotated[
+    Weights | None,
+    typer.Option("--weights", help="Format of weights; model: the model's own dtype; by default what the recipe says."),
 ]
