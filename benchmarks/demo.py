@@ -6,7 +6,6 @@ static cache, variants taking turns.
 """
 
 import argparse
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -19,11 +18,12 @@ from transformers import CompileConfig, PreTrainedModel
 
 import larosa_compile
 from benchmarks import assets, measure
+from benchmarks.perplexity import Run, measured, paired, table
 from larosa_compile.calibration import token_batches
 from larosa_compile.decoding import compare
-from larosa_compile.evaluation import next_token_losses, perplexity
 from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import Recipe
+from larosa_compile.recipe_checks import OWN_DTYPE
 
 SPARSITIES = (0.25, 0.4, 0.5)
 CONTEXT = 1024
@@ -65,58 +65,22 @@ def main() -> None:
 
 def perplexities(name: str, model: PreTrainedModel, recipe: Recipe, held_out: list[torch.Tensor]) -> list[Any]:
     """Dense, magnitude and LaRoSA perplexity, each through the compiled graph."""
-    runs: list[tuple[str, float, Recipe | None]] = [("dense", 0.0, None)]
+    runs = [Run(method, OWN_DTYPE, sparsity) for sparsity in SPARSITIES for method in ("magnitude", "larosa")]
+    described = {
+        "model": name,
+        "protocol": "all",
+        "context": CONTEXT,
+        "tokens": len(held_out) * CONTEXT,
+        "calibration": f"{recipe.calibration['tokens']} tokens of wiki",
+        "text": "wiki",
+    }
+    records = [described | record for record in measured(model, recipe, runs, held_out)]
+    out.print(table(records))
+    losses = {(record["method"], record["sparsity"]): record["losses"] for record in records}
     for sparsity in SPARSITIES:
-        at = recipe.with_sparsity(sparsity)
-        runs += [("magnitude", sparsity, at.without_rotation()), ("larosa", sparsity, at)]
-    table = Table(title=f"perplexity, {len(held_out)} held-out windows of {CONTEXT} tokens, every token sparse")
-    for column in ("method", "sparsity", "weight bytes skipped", "perplexity", "gap", "loss per token over dense"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    measured: dict[tuple[str, float], list[float]] = {}
-    records: list[dict[str, Any]] = []
-    with progress_bar(True) as bar:
-        for method, sparsity, variant in bar.track(runs, description="perplexity"):
-            torch._dynamo.reset()
-            compiled: Any = model
-            if variant is not None:
-                compiled = torch.compile(model, backend="larosa", options={"recipe": variant})
-            losses = next_token_losses(compiled, held_out)
-            measured[method, sparsity] = losses
-            dense = measured["dense", 0.0]
-            over, error = _paired(losses, dense)
-            ppl = perplexity(losses)
-            skipped = larosa_compile.explain(model, recipe=variant).graphs[0].bytes_skipped_share if variant else 0.0
-            gap = ppl - perplexity(dense)
-            paired = f"{over:.4f} ± {error:.4f}"
-            table.add_row(method, f"{sparsity:.0%}", f"{skipped:.1%}", f"{ppl:.2f}", f"{gap:+.2f}", paired)
-            records.append(
-                {
-                    "model": name,
-                    "method": method,
-                    "sparsity": sparsity,
-                    "bytes_skipped_share": skipped,
-                    "protocol": "all",
-                    "context": CONTEXT,
-                    "tokens": len(held_out) * CONTEXT,
-                    "ppl": ppl,
-                    "gap": gap,
-                    "loss_over_dense": over,
-                    "loss_over_dense_error": error,
-                    "calibration": f"wiki, {recipe.calibration['tokens']} tokens",
-                    "text": "wiki",
-                }
-            )
-    out.print(table)
-    for sparsity in SPARSITIES:
-        mean, error = _paired(measured["larosa", sparsity], measured["magnitude", sparsity])
+        mean, error = paired(losses["larosa", sparsity], losses["magnitude", sparsity])
         out.print(f"larosa − magnitude at {sparsity:.0%}: {mean:+.4f} ± {error:.4f} nats per token")
     return records
-
-
-def _paired(losses: list[float], base: list[float]) -> tuple[float, float]:
-    """Mean difference of two methods' losses on the same windows, and its standard error."""
-    differences = [loss - other for loss, other in zip(losses, base, strict=True)]
-    return statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
 
 
 def sample(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> None:
@@ -147,17 +111,17 @@ def speeds(name: str, model: PreTrainedModel, recipe: Recipe, prompt: torch.Tens
         variants[variant] = torch.compile(model, backend="larosa", options=options)
     with progress_bar(True) as bar:
         task = bar.add_task("decode", total=len(variants) * (rounds + 1))
-        measured = compare(model, variants, prompt, 32, rounds, lambda: bar.advance(task))
+        found = compare(model, variants, prompt, 32, rounds, lambda: bar.advance(task))
 
     context = prompt.shape[1]
-    table = Table(title=f"decode, one sequence, greedy, static cache, context {context}, bfloat16")
+    shown = Table(title=f"decode, one sequence, greedy, static cache, context {context}, bfloat16")
     for column in ("variant", "tokens/s", "ms/token", "min", "max", "vs inductor", "compile s"):
-        table.add_column(column, justify="left" if column == "variant" else "right")
-    base = measured["inductor"][1].median
+        shown.add_column(column, justify="left" if column == "variant" else "right")
+    base = found["inductor"][1].median
     records = []
-    for variant, (warm, spread) in measured.items():
+    for variant, (warm, spread) in found.items():
         milliseconds = [f"{value * 1e3:.1f}" for value in (spread.median, spread.minimum, spread.maximum)]
-        table.add_row(variant, f"{1 / spread.median:.1f}", *milliseconds, f"{base / spread.median:.2f}x", f"{warm:.0f}")
+        shown.add_row(variant, f"{1 / spread.median:.1f}", *milliseconds, f"{base / spread.median:.2f}x", f"{warm:.0f}")
         records.append(
             {
                 "model": name,
@@ -169,7 +133,7 @@ def speeds(name: str, model: PreTrainedModel, recipe: Recipe, prompt: torch.Tens
                 "compile_s": warm,
             }
         )
-    out.print(table)
+    out.print(shown)
     return records
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from benchmarks import decode, decoding, kernels, measure, shapes
+from benchmarks import decode, decoding, kernels, measure, perplexity, shapes
 from benchmarks.decoding import ATTENTION, DENSE, GENERATED, GROUPS, SPARSE, Subject, Variant
 from larosa_compile import machine
 from larosa_compile.decoding import Prompt
@@ -230,6 +230,8 @@ def test_fits_over_the_points_of_larosa() -> None:
         (kernels, ["--dtypes", "int3"], "invalid choice"),
         (kernels, ["--sparsities", "1"], "a sparsity lies in [0, 1), got '1'"),
         (kernels, ["--rows", "0"], "at least 1, got '0'"),
+        (perplexity, ["--windows", "1"], "--windows must be at least 2, for an error to be known, got 1"),
+        (perplexity, ["--weights", "int3"], "invalid choice"),
         (decode, ["--variants", "jax"], "invalid choice"),
         (decode, ["--sparsities", "half"], "a sparsity lies in [0, 1), got 'half'"),
         (decode, ["--tokens", "128"], "--tokens must be below 128"),
