@@ -30,11 +30,8 @@ import larosa_compile
 from benchmarks import assets
 from larosa_compile.decoding import decode_seconds
 from larosa_compile.evaluation import next_token_losses
-from larosa_compile.kernels.formats import FORMATS
-from larosa_compile.recipe_checks import OWN_DTYPE
 
-WARM_UP = 4
-"""Tokens decoded before the first timed ones: compilation, first touches of memory."""
+WARM_UP = 4  # tokens decoded before the first timed ones: compilation, first touches of memory
 
 LLAMA_OPTIONS = {"avx2": "AVX2", "fma3": "FMA", "f16c": "F16C", "avx512_bw": "AVX512"} | {
     f"avx512_{name}": f"AVX512_{name.upper()}" for name in ("vbmi", "vnni", "bf16")
@@ -73,9 +70,8 @@ class Torch:
             torchao.quantize_(self._model, torchao.Int8WeightOnlyConfig())
         self._arguments: dict[str, Any] = {}
         if job.runtime == "larosa":
-            recipe = self._recipe().with_sparsity(job.sparsity)
-            recipe = recipe.with_weights(job.weights if job.weights in FORMATS else OWN_DTYPE)
-            self._arguments = {"backend": "larosa", "options": {"recipe": recipe}}
+            options = {"sparsity": job.sparsity, "weights": {"bf16": "model"}.get(job.weights, job.weights)}
+            self._arguments = {"backend": "larosa", "options": options | {"recipe": self._recipe()}}
         self._compiled: Any = torch.compile(self._model, **self._arguments)
 
     def decode(self, tokens: int) -> list[float]:

@@ -37,10 +37,8 @@ from larosa_compile.evaluation import perplexity
 from larosa_compile.kernels.formats import FORMATS
 from larosa_compile.progress import progress_bar
 
-CONTEXT, PPL_CONTEXT, CALIBRATION_CONTEXT = 128, 512, 1024
-TOKENS = 32
-SPARSITIES = (0.25, 0.4, 0.5)
-PACKED_SPARSITIES = (0.0, 0.4, 0.5)
+CONTEXT, PPL_CONTEXT, CALIBRATION_CONTEXT, TOKENS = 128, 512, 1024, 32
+SPARSITIES, PACKED_SPARSITIES = (0.25, 0.4, 0.5), (0.0, 0.4, 0.5)
 NO_GGUF = "reads GGUF files only: make one with llama.cpp's convert_hf_to_gguf.py, and pass --model FILE.gguf"
 
 LEFT, RIGHT = ("weights", "peer", "version"), ("sparsity", "tokens/s", "rounds' medians", "perplexity")
@@ -61,9 +59,8 @@ class Peer:
 def peers(given: str) -> list[Peer]:
     """All of them; `given` is the type of the weights in the GGUF file, "" without one."""
     found = [Peer("torch.compile", "torch", "bf16", "torch")]
-    found += [Peer("larosa", "larosa", "bf16", "larosa-compile", sparsity) for sparsity in SPARSITIES]
-    for weights in FORMATS:
-        found += [Peer("larosa", "larosa", weights, "larosa-compile", sparsity) for sparsity in PACKED_SPARSITIES]
+    for weights, sparsities in {"bf16": SPARSITIES, **dict.fromkeys(FORMATS, PACKED_SPARSITIES)}.items():
+        found += [Peer("larosa", "larosa", weights, "larosa-compile", sparsity) for sparsity in sparsities]
     found += [Peer("torchao", "torch", "int8", "torchao"), Peer("torchao, frozen", "frozen", "int8", "torchao")]
     for weights in dict.fromkeys(("bf16", "f16", "q8_0", "q4_0", given or "f16")):
         found.append(Peer("llama.cpp", "llama.cpp", weights, "llama-cpp-python"))

@@ -49,6 +49,7 @@ CASES: list[tuple[Callable[[], object], str, str]] = [
     (options(sparsity="half"), "'half'", "must lie in [0, 1)"),
     (options(sparsity=True), "True", "must lie in [0, 1)"),
     (options(sparsity=float("nan")), "nan", "must lie in [0, 1)"),
+    (options(weights="int3"), "'int3'", "must be one of 'model', 'int8', 'int4'"),
     (options(calibration_tokens=-1), "-1", "a whole number, at least 0"),
     (options(calibration_tokens=8192.0), "8192.0", "a whole number, at least 0"),
     (options(calibration_tokens=None), "None", "a whole number, at least 0"),
@@ -75,6 +76,7 @@ CASES: list[tuple[Callable[[], object], str, str]] = [
     (lambda: larosa_compile.explain(nn.Linear(2, 2), sparsity=2), "2", "must lie in [0, 1)"),
     (lambda: larosa_compile.explain(nn.Linear(2, 2)), "no dummy_inputs", "example_inputs"),
     (lambda: Recipe.load("no"), "no recipe at no", "a file that Recipe.save wrote"),
+    (lambda: Recipe(0.5, {}, {}, {}, {}).with_weights("fp8"), "'fp8'", "must be one of 'model', 'int8', 'int4'"),
     (lambda: Recipe(0.5, {}, {}, {}, {}).with_sparsity(2), "2.0", "must lie in [0, 1)"),
     (lambda: larosa_compile.recipe_of(nn.Linear(2, 2)), "has no recipe", "larosa_compile.calibrate(model, batches)"),
 ]

@@ -33,8 +33,8 @@ def _reset() -> Iterator[None]:
 def kept(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     """The moments that rotations were made of, oldest first."""
     sums: list[dict[str, Tensor]] = []
-    original = Moments.rotations
-    monkeypatch.setattr(Moments, "rotations", lambda self: sums.append(dict(self.sums)) or original(self))
+    original = Moments.principal_components
+    monkeypatch.setattr(Moments, "principal_components", lambda self: sums.append(dict(self.sums)) or original(self))
     return sums
 
 

@@ -215,7 +215,15 @@ def test_the_pipeline_is_these_passes_in_order() -> None:
     done = rewrite(
         captured.graph, choices, captured.fake_mode, lambda stage, graph: seen.append((stage, len(graph.nodes)))
     )
-    assert [stage for stage, _ in seen] == ["input", "rotate", "fold", "sparsify", "decode"]
+    assert [stage for stage, _ in seen] == [
+        "input",
+        "analyse",
+        "plan",
+        "rotate",
+        "fold",
+        "sparsify",
+        "decode",
+    ]
     assert {(r.change.start, r.change.end) for r in done.online} == changes(stages)
     found = evaluate(captured, captured.graph.graph, done.folded, stages.rotations, (x,))
     assert error(found, [tensor.double() for tensor in expected]) == 0
