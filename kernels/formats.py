@@ -67,7 +67,7 @@ class WeightFormat:
         return (kept + min(kept, self.fine) + self.scale_lines * min(kept, groups)) * width
 
 
-FORMATS = {made.name: made for made in (WeightFormat("int8", 8, 64), WeightFormat("int4", 4, 64, 64))}
+FORMATS = {made.name: made for made in (WeightFormat("int8", 8, 64), WeightFormat("int4", 4, 64, 128))}
 
 
 def format_of(name: str) -> WeightFormat:
