@@ -11,16 +11,10 @@ per weight, those of 8 and 16 hold the same values, and another type of 4 loses 
 """
 
 import argparse
-import contextlib
-import json
-import os
 import re
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +25,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from benchmarks import assets, measure
+from benchmarks.peer_process import Child, PeerError
 from benchmarks.peer_runs import Job, gguf_type, install_hint, version
 from larosa_compile.calibration import token_batches
 from larosa_compile.evaluation import perplexity
@@ -55,6 +50,9 @@ class Peer:
     package: str
     sparsity: float = 0.0
 
+    def __str__(self) -> str:
+        return f"{self.name} {self.weights} {self.sparsity:.0%}"
+
 
 def peers(given: str) -> list[Peer]:
     """All of them; `given` is the type of the weights in the GGUF file, "" without one."""
@@ -74,62 +72,6 @@ def missing(peer: Peer, gguf: str | None) -> str | None:
     if version(peer.package) is None:
         return f"not installed: {install_hint(peer.package)}"
     return NO_GGUF if gguf is None and peer.runtime in ("llama.cpp", "openvino") else None
-
-
-class PeerError(RuntimeError):
-    """A peer's process could not do what it was asked."""
-
-
-class Child:
-    """A process that answers a JSON line with a JSON line, and may die at any of them."""
-
-    def __init__(self, command: Sequence[str], threads: int) -> None:
-        self._errors = tempfile.TemporaryFile("w+", errors="replace")
-        # a session of its own: Ctrl-C is the parent's business, and children of the compiler die with it
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        self._process = subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
-
-    def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """The answer.
-
-        Raises:
-            PeerError: the process said that it failed, ended, or took too long.
-        """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        timer = threading.Timer(timeout, self._kill)
-        timer.start()
-        try:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.write(json.dumps(request) + "\n")
-                self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        finally:
-            timer.cancel()
-        answer: dict[str, Any] = json.loads(line or "null") or {"error": self._last_words(timeout)}
-        if "error" in answer:
-            raise PeerError(answer["error"])
-        return answer
-
-    def close(self) -> None:
-        """Ends the process and frees the pipes."""
-        self._kill()
-        self._process.communicate()
-        self._errors.close()
-
-    def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def _last_words(self, timeout: float) -> str:
-        code = self._process.wait()
-        if code == -signal.SIGKILL:
-            return f"killed: out of memory (try --restart), or no answer within {timeout:.0f} s"
-        how = f"exited with {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
-        self._errors.seek(0)
-        lines = [line.strip() for line in self._errors if line.strip()]
-        return f"its process {how}" + (f": {lines[-1][:200]}" if lines else "")
 
 
 @dataclass
@@ -251,8 +193,8 @@ def table(records: list[dict[str, Any]], title: str) -> Table:
     return found
 
 
-def prepared(model: str, quick: bool, folder: str) -> list[Run]:
-    """One run for every peer, all with the same tokens."""
+def prepared(model: str, quick: bool, folder: str, only: Sequence[str] = ()) -> list[Run]:
+    """One run for every peer, or for those whose row has one of these words in it, all with the same tokens."""
     path = assets.smollm2_path() if model == "smollm2" else Path(model)
     gguf = str(path) if path.suffix == ".gguf" else None
     _, tokenizer = assets.load_model(model, torch.bfloat16)
@@ -262,6 +204,8 @@ def prepared(model: str, quick: bool, folder: str) -> list[Run]:
     prompt = windows[-1][0, :CONTEXT].tolist()
     runs = []
     for peer in peers(gguf_type(path) if gguf else ""):
+        if only and not any(words in str(peer) for words in only):
+            continue
         what = (peer.runtime, model, gguf, peer.weights, peer.sparsity, torch.get_num_threads(), folder)
         runs.append(Run(peer, Job(*what, prompt, held_out[: 2 if quick else 8], calibration), missing(peer, gguf)))
     return runs
@@ -272,12 +216,14 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="smollm2, a hub name, a folder or a GGUF file")
     parser.add_argument("--quick", action="store_true", help="fewer windows and rounds")
     parser.add_argument("--restart", action="store_true", help="one model in memory at a time, loaded in every round")
+    words = "run those alone whose 'name weights sparsity' has these words in it, such as 'larosa int8' or q4_0"
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORDS", help=words)
     parser.add_argument("--json", type=Path, help="also write the measurements to this file")
     arguments = parser.parse_args()
     rounds = 2 if arguments.quick else 5
     meta = measure.machine() | {"context": CONTEXT, "tokens": TOKENS, "rounds": rounds, "restart": arguments.restart}
     with tempfile.TemporaryDirectory() as folder, progress_bar(True) as bar:
-        runs = prepared(arguments.model, arguments.quick, folder)
+        runs = prepared(arguments.model, arguments.quick, folder, arguments.only)
         task = bar.add_task("peers", total=len(runs) * (rounds + 1 + (not arguments.restart)))
         bandwidths = take_turns(runs, rounds, not arguments.restart, lambda: bar.advance(task))
     meta |= {

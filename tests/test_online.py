@@ -70,6 +70,22 @@ def test_prompt_and_decoding_share_a_collection_and_count_each_token_once() -> N
     assert seen(model) == 9 + 6
 
 
+def test_what_is_learnt_may_be_read_in_fewer_bits() -> None:
+    model = small()
+    fast = learning(model, weights="int8", sparsity=0.25)
+    for seed in range(2):
+        logits(fast, token_ids(4, 12, seed))
+    ids = token_ids(4, 12, 5)
+    found = logits(fast, ids)
+    assert all(site.weights == "int8" for graph in larosa_compile.explain(fast).graphs for site in graph.sites)
+    recipe = larosa_compile.recipe_of(model)
+    torch._dynamo.reset()
+    options = {"lowering": "eager", "recipe": recipe, "sparsity": 0.25, "weights": "int8"}
+    explicit = logits(torch.compile(model, backend="larosa", options=options), ids)
+    assert relative_error(found, explicit) < DENSE
+    assert relative_error(explicit, sparse_logits(model, recipe, ids)) > DENSE, "rounding must show for this to test"
+
+
 def test_graphs_compiled_later_have_the_recipe_at_once() -> None:
     model = small()
     fast = learning(model)

@@ -151,7 +151,7 @@ def test_the_table_keeps_equal_precision_together() -> None:
 
 def test_main_writes_every_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = Run(dataclasses.replace(TORCH, name="other", weights="int8"), JOB, "not installed: pip install [x]")
-    monkeypatch.setattr(peers, "prepared", lambda model, quick, folder: [run_that(), missing])
+    monkeypatch.setattr(peers, "prepared", lambda model, quick, folder, only: [run_that(), missing])
     monkeypatch.setattr(measure, "machine", lambda: {"device": "d", "threads": 1})
     monkeypatch.setattr(peers, "out", Console(width=110, file=io.StringIO()))
     monkeypatch.setattr(sys, "argv", ["peers", "--quick", "--json", str(tmp_path / "x.json")])
