@@ -85,15 +85,6 @@ def sparse_linear(x: Tensor, weight_t: Tensor, k: int) -> Tensor:
     return sparsify(x, k) @ weight_t
 
 
-def unpacked(packed: Tensor, features: int, columns: int, form: str, dtype: torch.dtype) -> Tensor:
-    """The weight [features, columns] that `packed` holds in the format named `form`, rounded to `dtype`.
-
-    Raises:
-        ValueError: no such format, or `packed` has another shape or dtype.
-    """
-    return unpack(packed, features, columns, format_of(form)).to(dtype)
-
-
 def sparse_linear_packed(x: Tensor, packed: Tensor, k: int, columns: int, form: str) -> Tensor:
     """`sparsify(x, k)` times the weight that `packed` holds, multiplied in float32 and rounded once.
 

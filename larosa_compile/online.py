@@ -125,10 +125,10 @@ class _SwitchingGraph:
         assert self._parts is not None
         parts, self._parts = self._parts, None
         trace, recipe = parts.trace, self._config.applied_to(recipe)
-        with trace.stage("fold weights"):
-            checked = FoldedWeights(list(parts.rewritten.folded.values()), parts.attempt, recipe)
-        faults: list[Refusal] = []
+        faults, checked = list[Refusal](), None
         if self._config.self_check:
+            with trace.stage("fold weights"):
+                checked = FoldedWeights(list(parts.rewritten.folded.values()), parts.attempt, recipe)
             met = replace(parts.captured, inputs=list(inputs))
             with trace.stage("self-check"):
                 fault = find_fault(met, parts.attempt, parts.rewritten, checked.tensors, recipe)
@@ -148,7 +148,7 @@ class _SwitchingGraph:
         trace.done(report)
         if faults:
             return lower_dense(parts.captured, replace(self._config, lowering="eager"))
-        # the weights that were checked are still there: these are the same, or are made of them
+        # the weights that were `checked`, if they were, are still there: these are the same, or are made of them
         weights = FoldedWeights(list(read.folded.values()), parts.attempt, recipe)
         return parts.compiled.with_weights(weights, self._config)
 
