@@ -4,6 +4,7 @@ import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +18,7 @@ from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_bu
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.utils import Placeholder
 from torch._inductor.virtualized import V, ops
 
 from larosa_compile.kernels import heuristics
@@ -87,15 +89,13 @@ class RowTemplate(CppTemplate):
     def render(  # type: ignore[override]
         self,
         kernel: CppTemplateKernel,
-        template_buffer_node: ir.CppTemplateBuffer | None = None,
-        flag_template_buffer_has_other_users: bool | None = None,
-        epilogue_nodes: list[ir.IRNode] | None = None,
-        **kwargs: Any,
+        node: ir.CppTemplateBuffer,
+        shared: bool,
+        epilogue_nodes: list[ir.IRNode] | None,
     ) -> str:
-        output = template_buffer_node or self.output_node  # the latter while Inductor tries the template out
-        assert isinstance(output, ir.Buffer)
+        """shared: whether something beside the epilogue nodes reads the result."""
         dtype = self.layout.dtype
-        store = _plan_store(output, epilogue_nodes, bool(flag_template_buffer_has_other_users), dtype)
+        store = _plan_store(node, epilogue_nodes, shared, dtype)
         x = self.input_nodes[0]
         names = {
             "template": self,
@@ -119,7 +119,7 @@ class RowTemplate(CppTemplate):
             **self.constants(),
         }
         with contextlib.ExitStack() as stack:
-            if store.result is not output:
+            if store.result is not node:
                 stack.enter_context(patch.object(V.graph, "get_dtype", self._fake_get_dtype(store.result)))
             return _environment.get_template(self.file).render(names)
 
@@ -212,9 +212,9 @@ class UnpackTemplate(CppTemplate):
     def render(  # type: ignore[override]
         self,
         kernel: CppTemplateKernel,
-        template_buffer_node: ir.CppTemplateBuffer | None = None,
-        epilogue_nodes: list[ir.IRNode] | None = None,
-        **kwargs: Any,
+        node: ir.CppTemplateBuffer,
+        shared: bool,
+        epilogue_nodes: list[ir.IRNode] | None,
     ) -> str:
         # only products read the result, and they are no pointwise nodes
         assert not epilogue_nodes
@@ -224,7 +224,7 @@ class UnpackTemplate(CppTemplate):
             kernel=kernel,
             name=f"{kernel.kernel_name}_{self.name}",
             P=self.input_nodes[0],
-            Y=template_buffer_node or self.output_node,
+            Y=node,
             aliases={},
             export_declaration=get_export_declaration(),
             y_type=DTYPE_TO_CPP[self.layout.dtype],
@@ -234,3 +234,23 @@ class UnpackTemplate(CppTemplate):
             columns=columns,
             threads=self.num_threads,
         )
+
+
+def output_of(template: RowTemplate | UnpackTemplate) -> ir.TensorBox:
+    """What a template computes, for the rest of the graph to read.
+
+    Not as one of Inductor's choices: there is no other to choose, and each would be rendered once more, to be tried.
+    """
+
+    def kernel_and_render(
+        node: ir.CppTemplateBuffer,
+        flag_template_buffer_has_other_users: bool,
+        epilogue_nodes: list[ir.IRNode] | None = None,
+    ) -> tuple[CppTemplateKernel, Callable[[], str]]:
+        kernel = CppTemplateKernel(str(Placeholder.KERNEL_NAME), template.num_threads)
+        shared = flag_template_buffer_has_other_users
+        return kernel, partial(kernel.render, template, node=node, shared=shared, epilogue_nodes=epilogue_nodes)
+
+    inputs: Any = template.input_nodes
+    owner: Any = template  # Inductor's annotation names another of its templates
+    return ir.TensorBox.create(ir.CppTemplateBuffer(template.layout, inputs, kernel_and_render, owner, choice=None))

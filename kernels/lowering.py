@@ -25,22 +25,14 @@ from larosa_compile.kernels import heuristics, ops, triton_heuristics, triton_lo
 from larosa_compile.kernels.cpp_templates import (
     DotGemvTemplate,
     PackedGemvTemplate,
-    RowTemplate,
     SparseGemvTemplate,
     SparsifyTemplate,
     UnpackTemplate,
+    output_of,
 )
 from larosa_compile.kernels.formats import format_of
 from larosa_compile.kernels.support import refusal_reason
 from larosa_compile.kernels.triton_threshold import MAX_FEATURES
-
-
-def _output(template: RowTemplate | UnpackTemplate) -> ir.TensorBox:
-    choices: list[ir.ChoiceCaller] = []
-    error = template.maybe_append_choice(choices)
-    if error is not None:
-        raise error
-    return choices[0].output_node()
 
 
 def _eager(op: torch._ops.OpOverload, *args: ir.TensorBox | int | str) -> ir.TensorBox:
@@ -65,7 +57,7 @@ def _sparsify_rows(x: ir.TensorBox, k: int) -> ir.TensorBox:
         return triton_lowering.sparsify(x, k)
     x = realize_inputs(x)
     layout = ir.FixedLayout(x.get_device_or_error(), x.get_dtype(), list(x.get_size()))
-    return _output(SparsifyTemplate([x], layout, parallel_num_threads(), k))
+    return output_of(SparsifyTemplate([x], layout, parallel_num_threads(), k))
 
 
 def _gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.TensorBox:
@@ -77,10 +69,10 @@ def _gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.TensorBox:
     layout = ir.FixedLayout(x.get_device_or_error(), x.get_dtype(), [rows, columns])
     threads = heuristics.gemv_threads(k * columns * x.get_dtype().itemsize, parallel_num_threads())
     if rows == 1 and k == features and _is_output_major(weight_t):
-        return _output(DotGemvTemplate([x, weight_t], layout, threads, k))
+        return output_of(DotGemvTemplate([x, weight_t], layout, threads, k))
     # not `require_stride1`: it accepts a transposed view, whose unit stride runs down the rows
     weight = ir.ExternKernel.require_contiguous(weight_t)
-    return _output(SparseGemvTemplate([x, weight], layout, threads, k))
+    return output_of(SparseGemvTemplate([x, weight], layout, threads, k))
 
 
 def _has_few_rows(x: ir.TensorBox, k: int) -> bool:
@@ -128,7 +120,7 @@ def lower_sparse_linear_packed(x: ir.TensorBox, packed: ir.TensorBox, k: int, co
     device, dtype = x.get_device_or_error(), x.get_dtype()
     if not _has_few_rows(x, k):
         layout = ir.FixedLayout(device, dtype, [features, columns])
-        return lower_sparse_linear(x, _output(UnpackTemplate(stored, layout, threads, meaning)), k)
+        return lower_sparse_linear(x, output_of(UnpackTemplate(stored, layout, threads, meaning)), k)
     layout = ir.FixedLayout(device, dtype, [int(x.get_size()[0]), columns])
     threads = heuristics.gemv_threads(meaning.bytes_read(k, features, columns), threads)
-    return _output(PackedGemvTemplate([realize_inputs(x), stored], layout, threads, k, meaning))
+    return output_of(PackedGemvTemplate([realize_inputs(x), stored], layout, threads, k, meaning))
