@@ -1,0 +1,180 @@
+"""Zero-shot accuracy, dense and sparse, question by question: `python -m benchmarks.zeroshot [--quick] [--json FILE]`.
+
+lm_eval's own wrapper of Hugging Face models runs the model, dense and compiled by the backend, on the same questions:
+tasks of lm_eval by name where their data can be had (a hub), and files of multiple-choice questions in BIG-bench's JSON
+format. "acc" is the share of questions whose best answer is the likeliest; "acc_norm" the same with likelihoods
+per byte of the answer. Errors are those of the paired difference to dense. Needs the extra `eval`.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+import larosa_compile
+from benchmarks import assets, measure
+from benchmarks.local_tasks import write_tasks
+from benchmarks.perplexity import paired, windows_of
+from larosa_compile.recipe import Recipe
+
+SPARSITIES = (0.4, 0.5)
+METRICS = ("acc", "acc_norm")
+ALL = "all"
+"""The task of a record that is over the questions of all tasks together."""
+
+out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+Scores = dict[str, dict[str, list[float]]]
+"""Task -> metric -> 1 or 0 for each question, in the order of the task."""
+
+
+def main() -> None:
+    arguments = parsed(sys.argv[1:])
+    meta = measure.machine()
+    out.print(
+        f"{meta['device']}, {meta['threads']} threads; torch {meta['torch']}, transformers {meta['transformers']}"
+    )
+    model, tokenizer = assets.load_model(arguments.model, getattr(torch, arguments.dtype))
+    if arguments.recipe:
+        recipe = Recipe.load(arguments.recipe)
+    else:
+        windows = windows_of(arguments.calibration, tokenizer, arguments.context)[: arguments.calibration_windows]
+        recipe = larosa_compile.calibrate(model, windows, sparsity=0.5)
+    records: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(task) for task in arguments.tasks if task.endswith(".json")]
+        names = write_tasks(files, Path(folder)) + [task for task in arguments.tasks if not task.endswith(".json")]
+        evaluation = Evaluation(tokenizer, names, Path(folder), arguments.limit, arguments.batch_size)
+        for record in measured(model, recipe, arguments.sparsities, evaluation):
+            records.append({"model": arguments.model, "calibration": recipe.calibration["tokens"]} | record)
+            measure.write_so_far(arguments.json, meta, records)
+    out.print(table(records))
+
+
+class Evaluation:
+    """Tasks, and how lm_eval runs a model on them.
+
+    folder: where tasks beside lm_eval's own are described. limit: of questions of each task, from the first; None is
+    all of them.
+    """
+
+    def __init__(
+        self, tokenizer: Any, tasks: Sequence[str], folder: Path, limit: int | None = None, batch_size: int = 8
+    ) -> None:
+        self._tokenizer, self._tasks, self._folder = tokenizer, list(tasks), folder
+        self._limit, self._batch_size = limit, batch_size
+
+    def scores(self, model: PreTrainedModel) -> Scores:
+        """What lm_eval finds for a model, as it stands: compiled in place or not."""
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        # its own tasks are listed only if one of them is asked for: that takes seconds
+        own = any(not (self._folder / f"{task}.yaml").exists() for task in self._tasks)
+        found = lm_eval.simple_evaluate(
+            HFLM(pretrained=model, tokenizer=self._tokenizer, batch_size=self._batch_size),
+            tasks=self._tasks,
+            task_manager=TaskManager(include_path=str(self._folder), include_defaults=own),
+            limit=self._limit,
+            log_samples=True,
+            bootstrap_iters=0,  # paired differences are what errors are needed of
+        )
+        samples = {task: sorted(made, key=lambda sample: sample["doc_id"]) for task, made in found["samples"].items()}
+        return {
+            task: {metric: [float(sample[metric]) for sample in made] for metric in METRICS if metric in made[0]}
+            for task, made in samples.items()
+        }
+
+
+def measured(
+    model: PreTrainedModel, recipe: Recipe, sparsities: Sequence[float], evaluation: Evaluation
+) -> Iterator[dict[str, Any]]:
+    """Records of the dense model, task by task and over all questions, then of each sparsity."""
+    dense = evaluation.scores(model)
+    yield from _records("dense", 0.0, 0.0, dense, dense)
+    for sparsity in sparsities:
+        used = recipe.with_sparsity(sparsity)
+        skipped = larosa_compile.explain(model, recipe=used).graphs[0].bytes_skipped_share
+        torch._dynamo.reset()
+        model.compile(backend="larosa", options={"recipe": used})
+        try:
+            scores = evaluation.scores(model)
+        finally:
+            model._compiled_call_impl = None  # what `Module.compile` sets
+        yield from _records("larosa", sparsity, skipped, scores, dense)
+
+
+def _records(method: str, sparsity: float, skipped: float, scores: Scores, dense: Scores) -> Iterator[dict[str, Any]]:
+    for task in (*scores, ALL):
+        for metric in METRICS:
+            tasks = [name for name in (scores if task == ALL else [task]) if metric in scores[name]]
+            found = [score for name in tasks for score in scores[name][metric]]
+            base = [score for name in tasks for score in dense[name][metric]]
+            if len(found) < 2:
+                continue
+            over, error = paired(found, base)
+            yield {
+                "task": task,
+                "metric": metric,
+                "method": method,
+                "sparsity": sparsity,
+                "bytes_skipped_share": skipped,
+                "questions": len(found),
+                "accuracy": statistics.mean(found),
+                "over_dense": over,
+                "over_dense_error": error,
+            }
+
+
+def table(records: list[dict[str, Any]]) -> Table:
+    """A line per task and metric; accuracies in percent, differences in points with one standard error."""
+    runs = list(dict.fromkeys((record["method"], record["sparsity"]) for record in records))
+    made = Table(title=f"{records[0]['model']}, zero-shot; calibrated on {records[0]['calibration']} tokens")
+    for column in ("task", "metric", "questions"):
+        made.add_column(column, justify="right" if column == "questions" else "left", no_wrap=True)
+    for method, sparsity in runs:
+        made.add_column(method if method == "dense" else f"{method} {sparsity:.0%}", justify="right")
+    for task, metric in dict.fromkeys((record["task"], record["metric"]) for record in records):
+        line = [record for record in records if (record["task"], record["metric"]) == (task, metric)]
+        cells = [f"{record['accuracy']:.2%}" for record in line[:1]]
+        cells += [
+            f"{record['accuracy']:.2%} ({100 * record['over_dense']:+.2f} ± {100 * record['over_dense_error']:.2f})"
+            for record in line[1:]
+        ]
+        made.add_row(task, metric, str(line[0]["questions"]), *cells)
+    return made
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments with defaults filled in."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="+", help="names of lm_eval's tasks, and files of BIG-bench's format (.json)")
+    parser.add_argument("--quick", action="store_true", help="32 questions of each task, 40 %% only")
+    parser.add_argument("--model", default="smollm2", help="smollm2, a hub name, a folder or a GGUF file")
+    parser.add_argument("--recipe", type=Path, help="by default one is calibrated")
+    known = f"{', '.join(assets.TEXTS)}, or a file"
+    parser.add_argument("--calibration", default="wiki", help=f"text to calibrate on: {known} (default: wiki)")
+    parser.add_argument("--calibration-windows", type=measure.positive, default=24)
+    parser.add_argument("--context", type=measure.positive, default=1024, help="tokens of such a window")
+    parser.add_argument("--sparsities", nargs="+", type=measure.sparsity)
+    parser.add_argument("--limit", type=measure.positive, help="questions of each task (default: all)")
+    parser.add_argument("--batch-size", type=measure.positive, default=8)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--json", type=Path, help="write the records to this file, anew after every variant")
+    arguments = parser.parse_args(argv)
+    arguments.sparsities = arguments.sparsities or ([0.4] if arguments.quick else list(SPARSITIES))
+    arguments.limit = arguments.limit or (32 if arguments.quick else None)
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
