@@ -17,10 +17,11 @@ from larosa_compile.errors import MissingRecipeError
 from larosa_compile.online import compile_online
 from larosa_compile.passes.graph import Refusal
 from larosa_compile.passes.pipeline import Rewritten, pack, rewrite
-from larosa_compile.recipe import Recipe, SiteRecipe
+from larosa_compile.recipe import Recipe
 from larosa_compile.released import is_released
 from larosa_compile.report import described, report_of
 from larosa_compile.self_check import find_fault
+from larosa_compile.site import SiteRecipe
 from larosa_compile.trace import Trace
 from larosa_compile.weights import FoldedWeights
 

@@ -9,7 +9,8 @@ import pytest
 
 from larosa_compile.config import Config
 from larosa_compile.errors import OptionError, RecipeError
-from larosa_compile.recipe import Recipe, SiteRecipe
+from larosa_compile.recipe import Recipe
+from larosa_compile.site import SiteRecipe
 
 
 @pytest.fixture(autouse=True)

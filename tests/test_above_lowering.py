@@ -1,0 +1,55 @@
+"""The lowering of `keep_above` on a CPU: what it keeps is the reference's, and it is no kernel of its own."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._inductor.utils import fresh_cache
+
+from larosa_compile.kernels import ops, reference
+from tests.support.products import assert_is_product, special_rows
+from tests.test_lowering import DTYPES, IN, compile_and_run, kernels_in
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with fresh_cache(), torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_threshold_is_fused_into_what_makes_the_row(dtype: torch.dtype, relative: bool) -> None:
+    """For one row and for many, the product reads what the threshold left; every special row, two thresholds."""
+    features, thresholds = 101, (0.0, 0.9)
+    weight_t = torch.randn(features, 33).to(dtype)
+
+    def fn(x: Tensor, weight_t: Tensor) -> list[Tensor]:
+        kept = [ops.keep_above(x, threshold, relative) for threshold in thresholds]
+        return [*kept, *(ops.sparse_linear(y, weight_t, None) for y in kept)]
+
+    rows = special_rows(features, dtype)
+    compiled = torch.compile(fn, dynamic=False)
+    for x in (*rows.values(), torch.cat(list(rows.values())).repeat(2, 1)):
+        found = compiled(x, weight_t)
+        for threshold, kept, product in zip(thresholds, found[:2], found[2:], strict=True):
+            expected = reference.keep_above(x, threshold, relative)
+            torch.testing.assert_close(kept, expected, rtol=0, atol=0, equal_nan=True)
+            assert_is_product(product, kept, weight_t, None)
+            assert threshold or torch.equal(kept.isnan(), x.isnan())
+
+
+def test_a_threshold_adds_no_kernel() -> None:
+    """It joins the activation function in front of it, whose result alone is stored."""
+    gate, up, weight_t = torch.randn(1, IN).bfloat16(), torch.randn(1, IN).bfloat16(), torch.randn(IN, 50).bfloat16()
+
+    def fn(gate: Tensor, up: Tensor, weight_t: Tensor) -> Tensor:
+        return ops.sparse_linear(ops.keep_above(F.silu(gate) * up, 0.3, False), weight_t, None)
+
+    y, code = compile_and_run(fn, gate, up, weight_t)
+    assert kernels_in(code) == 2
+    torch.testing.assert_close(y.float(), fn(gate.float(), up.float(), weight_t.float()), rtol=0.05, atol=0.05)
