@@ -5,10 +5,10 @@ next-token losses), first-dense (the first token of each window goes through the
 cache), decode (so does the first half, and losses of the second half count). Calibration takes windows from the start
 of its text, evaluation from the middle of its own on, so that one text may serve both.
 
-Bytes skipped are of all linear weights, rotations counted against them. Where thresholds select, which promise an average
-only, they are what was kept in the evaluated windows, counted. With `--equal-bytes` every method runs at the nominal
-sparsity at which its recipe skips what larosa's does at each of `--sparsities`. ± is the standard error over windows
-of the paired difference in nats per token: to dense, and to larosa where that ran at the same place.
+Bytes skipped are of all linear weights, rotations counted against them. Where thresholds select, which promise an
+average only, they are those of what was kept in the evaluated windows, counted. With `--equal-bytes` every method runs
+at the nominal sparsity at which its recipe skips what larosa's does at each of `--sparsities`. ± is the standard error
+over windows of the paired difference in nats per token: to dense, and to larosa where that ran at the same place.
 """
 
 import argparse
@@ -82,11 +82,12 @@ def main() -> None:
     found = texts[arguments.text]
     held_out = Tokens(found[len(found) // 2 :][: arguments.windows], tokenizer)
     recipes = methods.Recipes(model, learnt, arguments.rotation)
+    tokens = len(learnt) * arguments.context
     described = {
         "model": arguments.model,
         "context": arguments.context,
         "tokens": len(held_out.windows) * arguments.context,
-        "calibration": f"{arguments.calibration}, {len(learnt) * arguments.context} tokens, rotation {arguments.rotation}",
+        "calibration": f"{arguments.calibration}, {tokens} tokens, rotation {arguments.rotation}",
         "text": arguments.text,
     }
     records = []
@@ -184,7 +185,7 @@ def table(records: list[dict[str, Any]]) -> Table:
     left = ("method", "weights", "protocol")
     right = (
         "sparsity",
-        "bytes skipped",
+        "skipped",
         "perplexity",
         "gap",
         "of dense",
