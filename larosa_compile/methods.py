@@ -1,15 +1,11 @@
 """The methods that one set of graph passes serves, as data: which sites, in which basis, chosen how."""
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 from larosa_compile.allocation import Coefficients, Rotation, check_rotation
 from larosa_compile.errors import OptionError
 from larosa_compile.passes.selection import GATE, RELATIVE, THRESHOLD, TOP_K
 from larosa_compile.recipe_checks import LAROSA
-
-MethodName: TypeAlias = Literal["larosa", "teal", "cats"]
-SelectionName: TypeAlias = Literal["top-k", "threshold", "relative", "gate"]
 
 
 @dataclass(frozen=True)

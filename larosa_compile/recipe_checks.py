@@ -17,8 +17,8 @@ WEIGHTS = (OWN_DTYPE, *FORMATS)
 """What a recipe may say of the format of weights."""
 
 
-LAROSA = "larosa"
-METHODS = (LAROSA, "teal", "cats", "dense")
+LAROSA, DENSE = "larosa", "dense"
+METHODS = (LAROSA, "teal", "cats", DENSE)
 """What the sites of a recipe may be derived by; a dense one has none."""
 
 

@@ -29,6 +29,9 @@ class Selection:
         """Whether every row keeps as many entries as were promised, rather than rows on average."""
         return self.rule == TOP_K
 
+    def __str__(self) -> str:
+        return self.rule if self.is_exact else f"{self.rule} {self.threshold:.4g}"
+
 
 EVERY_ROW = Selection()
 """Exact Top-K."""
