@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from larosa_compile.passes.equivariance import is_row_constant
 from larosa_compile.passes.graph import aten, is_call, prims, value, width
 from larosa_compile.passes.linears import ActivationGroup, Linear, chain_to_origin
 
@@ -61,7 +60,7 @@ def _only_linear_of(node: Node, linears: Mapping[Node, Linear]) -> Linear | None
     seen, pending = set[Node](), [node]
     while pending:
         node = pending.pop()
-        if node in seen or (is_row_constant(node) and node not in linears):
+        if node in seen or not node.all_input_nodes:
             continue
         seen.add(node)
         if node in linears:

@@ -36,11 +36,7 @@ def calibrate(batches: Any = BATCHES, **arguments: Any) -> Callable[[], object]:
 CASES: list[tuple[Callable[[], object], str, str]] = [
     # what is called, what was given, what is allowed
     (lambda: Config.from_options([("recipe", "r")]), "list", "must be a mapping"),  # type: ignore[arg-type]
-    (
-        options(sparsty=0.5),
-        "'sparsty'",
-        "expected one of 'calibration_tokens', 'dump', 'lowering', 'method', 'recipe', ",
-    ),
+    (options(sparsty=0.5), "'sparsty'", "expected one of 'calibration_tokens', 'dump', 'lowering', 'method', "),
     (options(rotation="none"), "'rotation'", "'release_originals', 'self_check', 'sparsity'"),
     (options(recipe=3), "3", "must be a Recipe, the path of a recipe file, or None"),
     (options(recipe=""), "''", "must be a Recipe, the path of a recipe file, or None"),
