@@ -109,14 +109,16 @@ class Recipe:
         }
         return self.with_sites(sites).with_sparsity(self.sparsity)
 
-    def with_sites(self, sites: Mapping[str, SiteRecipe]) -> "Recipe":
+    def with_sites(self, sites: Mapping[str, SiteRecipe], provenance: Mapping[str, JSON] | None = None) -> "Recipe":
         """Return the recipe with other choices for its sites, in the bases that it has.
+
+        `provenance`, where they come from, is added to its.
 
         Raises:
             RecipeError: a site names a basis that is missing or that does not fit its weight.
         """
         _check_sites(sites, self.rotations, self.parameters)
-        return self._changed(sites=dict(sites))
+        return self._changed(sites=dict(sites), calibration={**self.calibration, **(provenance or {})})
 
     def with_weights(self, weights: str) -> "Recipe":
         """Return the recipe for weights in another format: "int8", "int4", or "model" for the model's own dtype.

@@ -82,7 +82,8 @@ def with_thresholds(model: torch.nn.Module, recipe: Recipe, batches: Sequence[Te
     for paths, magnitudes in measured.items():
         quantiles = magnitudes.quantiles(shares)
         sites |= {path: replace(sites[path], quantiles=quantiles) for path in paths}
-    return recipe.with_sites(sites)
+    # at another sparsity, sites would meet something else
+    return recipe.with_sites(sites, {"thresholds_at": recipe.sparsity})
 
 
 class _Measuring(Interpreter):
