@@ -179,45 +179,38 @@ def paired(losses: list[float], base: list[float]) -> tuple[float, float]:
 
 
 def table(records: list[dict[str, Any]]) -> Table:
-    """The records of one model and text."""
+    """The records of one model and text; without columns that say nothing."""
     first = records[0]
-    made = Table(title=f"{first['model']}, {first['tokens']} tokens of {first['text']}; {first['calibration']}")
-    left = ("method", "weights", "protocol")
-    right = (
-        "sparsity",
-        "skipped",
-        "perplexity",
-        "gap",
-        "of dense",
-        "bits/byte",
-        "nats over dense",
-        "over larosa",
-    )
-    for column in (*left, *right):
-        made.add_column(column, justify="left" if column in left else "right", no_wrap=True)
     dense = {record["protocol"]: record["ppl"] for record in records if record["method"] == "dense"}
-    for record in records:
-        bits = record["bits_per_byte"]
-        made.add_row(
-            record["method"],
-            record["weights"],
-            record["protocol"],
-            f"{record['sparsity']:.0%}",
-            f"{record['bytes_skipped_share']:.1%}",
-            f"{record['ppl']:.3f}",
-            f"{record['gap']:+.3f}",
-            f"{record['gap'] / dense[record['protocol']]:+.2%}",
-            "" if bits is None else f"{bits:.4f}",
-            f"{record['loss_over_dense']:+.4f} ± {record['loss_over_dense_error']:.4f}",
-            _over_larosa(record),
-        )
+    rows = [_cells(record, dense[record["protocol"]]) for record in records]
+    told = [name for name in rows[0] if any(row[name] for row in rows) and (name != "protocol" or len(dense) > 1)]
+    title = f"{first['model']}, {first['tokens']} tokens of {first['text']}; {first['calibration']}"
+    made = Table(title=title if len(dense) > 1 else f"{title}; protocol {first['protocol']}")
+    for name in told:
+        made.add_column(name, justify="left" if name in ("method", "weights", "protocol") else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*(row[name] for name in told))
     return made
 
 
-def _over_larosa(record: dict[str, Any]) -> str:
-    if "loss_over_larosa" not in record:
-        return ""
-    return f"{record['loss_over_larosa']:+.4f} ± {record['loss_over_larosa_error']:.4f}"
+def _cells(record: dict[str, Any], dense: float) -> dict[str, str]:
+    bits = record["bits_per_byte"]
+    compared = "loss_over_larosa" in record
+    return {
+        "method": record["method"],
+        "weights": record["weights"],
+        "protocol": record["protocol"],
+        "sparsity": f"{record['sparsity']:.0%}",
+        "skipped": f"{record['bytes_skipped_share']:.1%}",
+        "perplexity": f"{record['ppl']:.3f}",
+        "gap": f"{record['gap']:+.3f}",
+        "of dense": f"{record['gap'] / dense:+.2%}",
+        "bits/byte": "" if bits is None else f"{bits:.4f}",
+        "nats over dense": f"{record['loss_over_dense']:+.4f} ± {record['loss_over_dense_error']:.4f}",
+        "over larosa": f"{record['loss_over_larosa']:+.4f} ± {record['loss_over_larosa_error']:.4f}"
+        if compared
+        else "",
+    }
 
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:

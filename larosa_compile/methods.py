@@ -1,5 +1,6 @@
 """The methods that one set of graph passes serves, as data: which sites, in which basis, chosen how."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from larosa_compile.allocation import Coefficients, Rotation, check_rotation
@@ -68,5 +69,5 @@ def asked(method: str, selection: str | None, rotation: Rotation | None, coeffic
     return Asked(method, selection or known.selections[0], rotation, coefficients or known.coefficients)
 
 
-def _quoted(names: object) -> str:
-    return ", ".join(map(repr, names))  # type: ignore[call-overload]
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))

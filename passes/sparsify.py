@@ -86,4 +86,4 @@ def _keep_above(editor: GraphEditor, folded: FoldedSite) -> FoldedSite:
             sparse = editor.replay(chain_to_origin(activation)[1], masked)
     for product in folded.products:
         product.replace_input_with(activation, sparse)
-    return replace(folded, selected=selected)
+    return replace(folded, activation=sparse, selected=selected)

@@ -172,7 +172,9 @@ def test_methods_are_compared_at_equal_bytes_and_under_each_protocol(monkeypatch
         *("all", "decode", "all", "all", "decode")
     ]
     described = {"model": "tiny", "tokens": 48, "text": "ids", "calibration": "ids"}
-    assert table.table([described | record for record in (dense, larosa, teal)]).row_count == 3
+    made = table.table([described | record for record in (dense, larosa, teal)])
+    assert made.row_count == 3 and [column.header for column in made.columns][-1] == "over larosa"
+    assert "protocol all" in str(made.title) and "bits/byte" not in {column.header for column in made.columns}
 
 
 def test_bits_per_byte() -> None:
