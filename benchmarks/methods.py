@@ -20,9 +20,10 @@ METHODS: dict[str, dict[str, str]] = {
     "magnitude": {"rotation": "none"},
     "magnitude-relative": {"rotation": "none", "selection": "relative"},
     "teal": {"method": "teal"},
+    "teal-greedy": {"method": "teal"},
     "cats": {"method": "cats"},
 }
-"""Name -> arguments of `calibrate`; magnitude has the sites of larosa, not rotated."""
+"""Name -> arguments of `calibrate`; magnitude has the sites of larosa, not rotated, and greedy chooses besides."""
 
 STEPS = 30
 """Of a bisection for a sparsity."""
@@ -92,7 +93,9 @@ class Recipes:
     def _calibrated(self, method: str) -> Recipe:
         if method not in self._made:
             rotates = METHODS[method].keys().isdisjoint({"rotation", "method"})
-            arguments: Any = {"rotation": self.rotation} if rotates else METHODS[method]
+            arguments: Any = {"rotation": self.rotation} if rotates else {}
+            if method.endswith("-greedy"):
+                arguments["search"] = self.learnt[:1]
             self._made[method] = larosa_compile.calibrate(
                 self.model, self.learnt, sparsity=0.5, **(METHODS[method] | arguments)
             )

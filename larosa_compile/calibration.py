@@ -12,10 +12,11 @@ import larosa_compile
 from larosa_compile import registry
 from larosa_compile.allocation import Coefficients, Rotation, allocate
 from larosa_compile.arguments import checked_count, checked_sparsity
+from larosa_compile.block_search import greedy_allocation
 from larosa_compile.capture import Boxed, Captured, boxed, capture, check_has_values, compile_alone
 from larosa_compile.errors import InferenceOnlyError, OptionError, RecipeError
 from larosa_compile.fingerprint import fingerprint
-from larosa_compile.methods import Asked, asked
+from larosa_compile.methods import GREEDY, GRID, Asked, asked
 from larosa_compile.moments import Moments, observe
 from larosa_compile.passes.pipeline import facts_of
 from larosa_compile.passes.selection import GATE, TOP_K
@@ -72,7 +73,8 @@ def calibrate(
             "layer" for larosa; the other methods have "none".
         coefficients: site sparsity per unit of nominal sparsity by kind; by default the paper's values for larosa, and
             1 for the others.
-        search: held-out batches to choose the coefficients on instead (paper: Algorithm 1, one pair per kind).
+        search: held-out batches to choose the coefficients on instead, as the method does. larosa: one pair by kind
+            (Algorithm 1). teal: greedy by block, one for each linear, on the first of these batches. cats: nothing.
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -92,7 +94,7 @@ def calibrate(
         raise InferenceOnlyError("the model is in training mode; call model.eval() before calibrating it")
     sparsity = checked_sparsity("sparsity", sparsity)
     context = checked_count("context", context, least=1)
-    plan = asked(method, selection, rotation, coefficients)
+    plan = asked(method, selection, rotation, coefficients, search is not None)
     if tokenizer is not None and not callable(tokenizer):
         raise OptionError(f"tokenizer must be callable or None, got {type(tokenizer).__name__}; give the model's own")
     ids = list(token_batches(batches, tokenizer, context))
@@ -119,9 +121,11 @@ def calibrate(
         bar.remove_task(eigen)
 
     recipe = Recipe(sparsity, sites, rotations, fingerprint(model), _provenance(ids, plan), spectra, method=plan.method)
+    if held_out is not None and plan.search == GREEDY:
+        recipe = greedy_allocation(model, recipe, held_out[0], progress)
     if plan.selection != TOP_K:
         recipe = with_thresholds(model, recipe, ids, progress)
-    if held_out is not None:
+    if held_out is not None and plan.search == GRID:
         from larosa_compile.search import best_coefficients
 
         recipe = best_coefficients(model, recipe, held_out, progress=progress)

@@ -8,25 +8,30 @@ from larosa_compile.errors import OptionError
 from larosa_compile.passes.selection import GATE, RELATIVE, THRESHOLD, TOP_K
 from larosa_compile.recipe_checks import LAROSA
 
+GRID, GREEDY = "grid", "greedy"
+"""Ways to choose coefficients: a grid of pairs by kind (LaRoSA, algorithm 1); block by block (TEAL, algorithm 1)."""
+
 
 @dataclass(frozen=True)
 class Method:
     """rotations: whether inputs are rotated. selections: the rules that it may choose by, its own first.
 
     coefficients: of its sites, where a caller gives none; 0 is no site for a head, and elsewhere one that is dense.
+    search: how coefficients are chosen on held-out text; None where there is nothing to choose.
     """
 
     rotates: bool
     selections: tuple[str, ...]
     coefficients: Coefficients
+    search: str | None
 
 
 METHODS: dict[str, Method] = {
-    LAROSA: Method(True, (TOP_K, THRESHOLD, RELATIVE), Coefficients()),
-    "teal": Method(False, (THRESHOLD, RELATIVE), Coefficients(readers=1, writers=1, others=1, heads=0)),
-    "cats": Method(False, (GATE,), Coefficients(readers=1, writers=1, others=1, heads=0)),
+    LAROSA: Method(True, (TOP_K, THRESHOLD, RELATIVE), Coefficients(), GRID),
+    "teal": Method(False, (THRESHOLD, RELATIVE), Coefficients(readers=1, writers=1, others=1, heads=0), GREEDY),
+    "cats": Method(False, (GATE,), Coefficients(readers=1, writers=1, others=1, heads=0), None),
 }
-"""LaRoSA (arXiv 2507.01299); TEAL (arXiv 2408.14690), uniform; CATS (arXiv 2404.08763), on gated linears alone."""
+"""LaRoSA (arXiv 2507.01299); TEAL (arXiv 2408.14690); CATS (arXiv 2404.08763), on gated linears alone."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,17 @@ class Asked:
     selection: str
     rotation: Rotation
     coefficients: Coefficients
+    search: str | None
 
 
-def asked(method: str, selection: str | None, rotation: Rotation | None, coefficients: Coefficients | None) -> Asked:
-    """Checks what `calibrate` was asked for; None is the method's own.
+def asked(
+    method: str,
+    selection: str | None,
+    rotation: Rotation | None,
+    coefficients: Coefficients | None,
+    searches: bool = False,
+) -> Asked:
+    """Checks what `calibrate` was asked for; None is the method's own. searches: whether there is held-out text.
 
     Raises:
         OptionError: there is no such method, or it does not choose, or rotate, in that way.
@@ -66,7 +78,12 @@ def asked(method: str, selection: str | None, rotation: Rotation | None, coeffic
             f"coefficients must be an allocation.Coefficients or None, got {coefficients!r}; give such as "
             "Coefficients(readers=0.8, writers=1.2)"
         )
-    return Asked(method, selection or known.selections[0], rotation, coefficients or known.coefficients)
+    if searches and known.search is None:
+        raise OptionError(
+            f"search must be None for method {method!r}, as there is nothing to choose, got held-out text; leave it out"
+        )
+    chosen = selection or known.selections[0]
+    return Asked(method, chosen, rotation, coefficients or known.coefficients, known.search if searches else None)
 
 
 def _quoted(names: Iterable[str]) -> str:

@@ -73,6 +73,7 @@ CASES: list[tuple[Callable[[], object], str, str]] = [
     (calibrate(selection="random"), "'random'", "must be 'top-k', 'threshold', 'relative' or None"),
     (calibrate(method="cats", selection="top-k"), "'top-k'", "selection for method 'cats' must be 'gate' or None"),
     (calibrate(method="teal", rotation="layer"), "'layer'", "must be 'none' or None"),
+    (calibrate(method="cats", search=BATCHES), "held-out text", "must be None"),
     (calibrate(coefficients=0.8), "0.8", "an allocation.Coefficients or None"),
     (lambda: Coefficients(readers=-1), "'readers'", "at least 0, got -1"),
     (lambda: Coefficients(heads=float("inf")), "'heads'", "at least 0, got inf"),
