@@ -18,7 +18,8 @@ from transformers import CompileConfig, PreTrainedModel
 
 import larosa_compile
 from benchmarks import assets, measure
-from benchmarks.perplexity import Run, measured, paired, table
+from benchmarks.methods import Run
+from benchmarks.perplexity import Tokens, measured, paired, table
 from larosa_compile.calibration import token_batches
 from larosa_compile.decoding import compare
 from larosa_compile.progress import progress_bar
@@ -68,13 +69,17 @@ def perplexities(name: str, model: PreTrainedModel, recipe: Recipe, held_out: li
     runs = [Run(method, OWN_DTYPE, sparsity) for sparsity in SPARSITIES for method in ("magnitude", "larosa")]
     described = {
         "model": name,
-        "protocol": "all",
         "context": CONTEXT,
         "tokens": len(held_out) * CONTEXT,
         "calibration": f"{recipe.calibration['tokens']} tokens of wiki",
         "text": "wiki",
     }
-    records = [described | record for record in measured(model, recipe, runs, held_out)]
+
+    def recipe_of(run: Run) -> Recipe:
+        made = recipe.with_sparsity(run.sparsity)
+        return made.without_rotation() if run.method == "magnitude" else made
+
+    records = [described | record for record in measured(model, recipe_of, runs, Tokens(held_out))]
     out.print(table(records))
     losses = {(record["method"], record["sparsity"]): record["losses"] for record in records}
     for sparsity in SPARSITIES:

@@ -1,16 +1,23 @@
 """Perplexity of a real model by method, format of weights and sparsity, next to the bytes that each skips.
 
-Windows of `--context` tokens without overlap, all next-token losses, every token sparse, through the compiled graph.
-Calibration takes windows from the start of its text, evaluation from the middle of its own on, so that one text may
-serve both. ± is the standard error over windows of the paired difference to dense, in nats per token.
+Windows of `--context` tokens without overlap, through the compiled graph. Protocols: all (every token sparse, all
+next-token losses), first-dense (the first token of each window goes through the dense model, the others go on from its
+cache), decode (so does the first half, and losses of the second half count). Calibration takes windows from the start
+of its text, evaluation from the middle of its own on, so that one text may serve both.
+
+Bytes skipped are of all linear weights, rotations counted against them. Where thresholds select, which promise an
+average only, they are those of what was kept in the evaluated windows, counted. With `--equal-bytes` every method runs
+at the nominal sparsity at which its recipe skips what larosa's does at each of `--sparsities`. ± is the standard error
+over windows of the paired difference in nats per token: to dense, and to larosa where that ran at the same place.
 """
 
 import argparse
 import itertools
+import math
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +27,47 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 import larosa_compile
-from benchmarks import assets, measure
+from benchmarks import assets, measure, methods
+from benchmarks.methods import Run
 from larosa_compile.calibration import token_batches
 from larosa_compile.evaluation import next_token_losses, perplexity
 from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import Recipe
 from larosa_compile.recipe_checks import WEIGHTS
+from larosa_compile.shares import CountingModel
 
-METHODS = ("magnitude", "larosa")
+METHODS = tuple(methods.METHODS)
 SPARSITIES = (0.0, 0.25, 0.4, 0.5)
+PROTOCOLS = ("all", "first-dense", "decode")
 
-out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+out = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 
 @dataclass(frozen=True)
-class Run:
-    """A method of choosing what to drop, a format of weights, a nominal sparsity."""
+class Tokens:
+    """Windows `[1, tokens]` to evaluate on, and their tokenizer, where bytes are to be counted."""
 
-    method: str
-    weights: str
-    sparsity: float
+    windows: list[torch.Tensor]
+    tokenizer: Any = None
 
-    def of(self, recipe: Recipe) -> Recipe:
-        """The recipe of larosa as this run's; magnitude is without rotations."""
-        made = recipe.with_sparsity(self.sparsity).with_weights(self.weights)
-        return made.without_rotation() if self.method == "magnitude" else made
+    def losses(self, model: Any, dense: Any, protocol: str) -> list[float]:
+        """Nats per token, by window."""
+        first, counted = self.parts(protocol)
+        return next_token_losses(model, self.windows, dense=dense, dense_tokens=first, counted_from=counted)
+
+    def parts(self, protocol: str) -> tuple[int, int]:
+        """How many tokens of a window are dense, and the first position whose prediction counts."""
+        half = self.windows[0].shape[1] // 2
+        return {"all": (0, 0), "first-dense": (1, 0), "decode": (half, half)}[protocol]
+
+    def bits_per_byte(self, losses: list[float], protocol: str) -> float | None:
+        """None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        predicted = [window[0, self.parts(protocol)[1] + 1 :] for window in self.windows]
+        count = sum(len(self.tokenizer.decode(tokens).encode()) for tokens in predicted)
+        nats = sum(loss * len(tokens) for loss, tokens in zip(losses, predicted, strict=True))
+        return nats / math.log(2) / count
 
 
 def main() -> None:
@@ -57,22 +80,40 @@ def main() -> None:
     texts = {name: windows_of(name, tokenizer, arguments.context) for name in (arguments.calibration, arguments.text)}
     learnt = texts[arguments.calibration][: arguments.calibration_windows]
     found = texts[arguments.text]
-    held_out = found[len(found) // 2 :][: arguments.windows]
-    recipe = larosa_compile.calibrate(model, learnt, sparsity=0.5, rotation=arguments.rotation)
-    runs = [Run(*run) for run in itertools.product(arguments.methods, arguments.weights, arguments.sparsities)]
+    held_out = Tokens(found[len(found) // 2 :][: arguments.windows], tokenizer)
+    recipes = methods.Recipes(model, learnt, arguments.rotation)
+    tokens = len(learnt) * arguments.context
     described = {
         "model": arguments.model,
-        "protocol": "all",
         "context": arguments.context,
-        "tokens": len(held_out) * arguments.context,
-        "calibration": f"{arguments.calibration}, {recipe.calibration['tokens']} tokens, rotation {arguments.rotation}",
+        "tokens": len(held_out.windows) * arguments.context,
+        "calibration": f"{arguments.calibration}, {tokens} tokens, rotation {arguments.rotation}",
         "text": arguments.text,
     }
     records = []
-    for record in measured(model, recipe, runs, held_out):
+    for record in measured(model, recipes.of, planned(arguments, recipes), held_out):
         records.append(described | record)
         measure.write_so_far(arguments.json, meta, records)
     out.print(table(records))
+
+
+def planned(arguments: argparse.Namespace, recipes: methods.Recipes) -> list[Run]:
+    """The runs of a command line, those of larosa first: the others are compared with them."""
+    chosen = sorted(arguments.methods, key=lambda name: name != "larosa")
+    product = itertools.product(arguments.protocols, arguments.sparsities, chosen, arguments.weights)
+    runs = [Run(method, weights, sparsity, protocol) for protocol, sparsity, method, weights in product]
+    if not arguments.equal_bytes:
+        return runs
+    larosa = recipes.of(Run("larosa", "model", 0.5))
+    equal = []
+    for run in runs:
+        share = recipes.promised("larosa", larosa.with_sparsity(run.sparsity))
+        found = run.sparsity if run.method == "larosa" else recipes.equal_bytes(run.method, share)
+        if found is None:
+            out.print(f"{run.method} cannot skip {share:.1%} of the weight bytes, as larosa does at {run.sparsity:.0%}")
+        else:
+            equal.append(replace(run, sparsity=found, place=run.sparsity))
+    return equal
 
 
 def windows_of(name: str, tokenizer: Any, context: int) -> list[torch.Tensor]:
@@ -82,34 +123,50 @@ def windows_of(name: str, tokenizer: Any, context: int) -> list[torch.Tensor]:
 
 
 def measured(
-    model: PreTrainedModel, recipe: Recipe, runs: Sequence[Run], held_out: list[torch.Tensor]
+    model: PreTrainedModel, recipe_of: Callable[[Run], Recipe], runs: Sequence[Run], held_out: Tokens
 ) -> Iterator[dict[str, Any]]:
-    """A record of the dense model, then one of each run. `losses`: nats per token, by window."""
+    """A record of the dense model for each protocol, then one of each run. `losses`: nats per token, by window."""
+    protocols = tuple(dict.fromkeys(run.protocol for run in runs))
+    dense: dict[str, list[float]] = {}
+    larosa: dict[tuple[object, ...], list[float]] = {}
     with progress_bar(True) as bar:
-        task = bar.add_task("perplexity", total=len(runs) + 1)
-        dense = next_token_losses(model, held_out)
-        bar.advance(task)
-        yield {"method": "dense", "weights": "model", "sparsity": 0.0} | _scores(dense, dense, 0.0)
+        task = bar.add_task("perplexity", total=len(runs) + len(protocols))
+        for protocol in protocols:
+            dense[protocol] = held_out.losses(model, model, protocol)
+            bar.advance(task)
+            scores = _scores(dense[protocol], dense[protocol], held_out, protocol)
+            yield {"method": "dense", "weights": "model", "sparsity": 0.0, "bytes_skipped_share": 0.0} | scores
         for run in runs:
             torch._dynamo.reset()
-            used = run.of(recipe)
-            fast: Any = torch.compile(model, backend="larosa", options={"recipe": used, "self_check": False})
-            losses = next_token_losses(fast, held_out)
-            skipped = larosa_compile.explain(model, recipe=used).graphs[0].bytes_skipped_share
+            recipe = recipe_of(run)
+            fast: Any = torch.compile(model, backend="larosa", options={"recipe": recipe, "self_check": False})
+            losses = held_out.losses(fast, model, run.protocol)
+            report = larosa_compile.explain(model, recipe=recipe).graphs[0]
+            if report.is_average:
+                counting = CountingModel(model, recipe)
+                held_out.losses(counting, model, run.protocol)
+                report = report.with_shares(counting.shares)
             bar.advance(task)
-            yield {"method": run.method, "weights": run.weights, "sparsity": run.sparsity} | _scores(
-                losses, dense, skipped
-            )
+            record = {"method": run.method, "weights": run.weights, "sparsity": run.sparsity}
+            record["bytes_skipped_share"] = report.bytes_skipped_share
+            record |= _scores(losses, dense[run.protocol], held_out, run.protocol)
+            place = (run.protocol, run.weights, run.sparsity if run.place is None else run.place)
+            if run.method == "larosa":
+                larosa[place] = losses
+            elif place in larosa:
+                record["loss_over_larosa"], record["loss_over_larosa_error"] = paired(losses, larosa[place])
+            yield record
 
 
-def _scores(losses: list[float], dense: list[float], skipped: float) -> dict[str, Any]:
+def _scores(losses: list[float], dense: list[float], held_out: Tokens, protocol: str) -> dict[str, Any]:
     mean, error = paired(losses, dense)
     ppl = perplexity(losses)
     return {
+        "protocol": protocol,
         "losses": losses,
-        "bytes_skipped_share": skipped,
         "ppl": ppl,
         "gap": ppl - perplexity(dense),
+        "bits_per_byte": held_out.bits_per_byte(losses, protocol),
         "loss_over_dense": mean,
         "loss_over_dense_error": error,
     }
@@ -122,23 +179,38 @@ def paired(losses: list[float], base: list[float]) -> tuple[float, float]:
 
 
 def table(records: list[dict[str, Any]]) -> Table:
-    """The records of one model and text."""
+    """The records of one model and text; without columns that say nothing."""
     first = records[0]
-    made = Table(title=f"{first['model']}, {first['tokens']} tokens of {first['text']}; {first['calibration']}")
-    for column in ("method", "weights", "sparsity", "bytes skipped", "perplexity", "gap", "of dense", "nats per token"):
-        made.add_column(column, justify="left" if column in ("method", "weights") else "right", no_wrap=True)
-    for record in records:
-        made.add_row(
-            record["method"],
-            record["weights"],
-            f"{record['sparsity']:.0%}",
-            f"{record['bytes_skipped_share']:.1%}",
-            f"{record['ppl']:.3f}",
-            f"{record['gap']:+.3f}",
-            f"{record['gap'] / first['ppl']:+.2%}",
-            f"{record['loss_over_dense']:+.4f} ± {record['loss_over_dense_error']:.4f}",
-        )
+    dense = {record["protocol"]: record["ppl"] for record in records if record["method"] == "dense"}
+    rows = [_cells(record, dense[record["protocol"]]) for record in records]
+    told = [name for name in rows[0] if any(row[name] for row in rows) and (name != "protocol" or len(dense) > 1)]
+    title = f"{first['model']}, {first['tokens']} tokens of {first['text']}; {first['calibration']}"
+    made = Table(title=title if len(dense) > 1 else f"{title}; protocol {first['protocol']}")
+    for name in told:
+        made.add_column(name, justify="left" if name in ("method", "weights", "protocol") else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*(row[name] for name in told))
     return made
+
+
+def _cells(record: dict[str, Any], dense: float) -> dict[str, str]:
+    bits = record["bits_per_byte"]
+    compared = "loss_over_larosa" in record
+    return {
+        "method": record["method"],
+        "weights": record["weights"],
+        "protocol": record["protocol"],
+        "sparsity": f"{record['sparsity']:.0%}",
+        "skipped": f"{record['bytes_skipped_share']:.1%}",
+        "perplexity": f"{record['ppl']:.3f}",
+        "gap": f"{record['gap']:+.3f}",
+        "of dense": f"{record['gap'] / dense:+.2%}",
+        "bits/byte": "" if bits is None else f"{bits:.4f}",
+        "nats over dense": f"{record['loss_over_dense']:+.4f} ± {record['loss_over_dense_error']:.4f}",
+        "over larosa": f"{record['loss_over_larosa']:+.4f} ± {record['loss_over_larosa_error']:.4f}"
+        if compared
+        else "",
+    }
 
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
@@ -150,6 +222,8 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--text", default="wiki", help=f"to evaluate on: {known} (default: wiki)")
     parser.add_argument("--calibration", default="wiki", help=f"to calibrate on: {known} (default: wiki)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["larosa"])
+    parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=["all"])
+    parser.add_argument("--equal-bytes", action="store_true", help="sparsities at which all skip what larosa skips")
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=["model"], help="formats of weights")
     parser.add_argument("--sparsities", nargs="+", type=measure.sparsity)
     parser.add_argument("--rotation", default="layer", choices=("layer", "model", "auto", "none"))

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import larosa_compile
-from larosa_compile import allocation, config, curves, errors, explanation, recipe, report
+from larosa_compile import allocation, config, curves, errors, explanation, recipe, report, site
 
 OBJECTS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (
         "Functions",
         (larosa_compile.calibrate, larosa_compile.explain, larosa_compile.html_report, larosa_compile.recipe_of),
     ),
-    ("The recipe", (recipe.Recipe, recipe.SiteRecipe, allocation.Coefficients)),
+    ("The recipe", (recipe.Recipe, site.SiteRecipe, allocation.Coefficients)),
     ("Options of the backend", (config.Config,)),
     ("Reports", (explanation.Report, report.GraphReport, report.SiteReport, report.StreamReport, report.OnlineReport)),
     ("Measured curves", (curves.perplexities, curves.speeds, curves.Perplexities, curves.Speeds, curves.Speed)),

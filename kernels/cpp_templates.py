@@ -1,4 +1,4 @@
-"""Inductor C++ templates of the two ops. The C++ itself is in `templates/`, one file per kernel."""
+"""Inductor C++ templates of the ops. The C++ itself is in `templates/`, one file per kernel."""
 
 import contextlib
 from abc import abstractmethod
@@ -78,7 +78,7 @@ class RowTemplate(CppTemplate):
     name: str
     file: str
 
-    def __init__(self, inputs: list[ir.IRNode], layout: ir.Layout, threads: int, k: int) -> None:
+    def __init__(self, inputs: list[ir.IRNode], layout: ir.Layout, threads: int, k: int | None) -> None:
         super().__init__(self.name, inputs, layout, threads)
         self.k = k
 
@@ -165,7 +165,9 @@ class PackedGemvTemplate(SparseGemvTemplate):
     name = "larosa_packed_gemv"
     rows_file = "packed_rows.cpp.jinja"
 
-    def __init__(self, inputs: list[ir.IRNode], layout: ir.Layout, threads: int, k: int, form: WeightFormat) -> None:
+    def __init__(
+        self, inputs: list[ir.IRNode], layout: ir.Layout, threads: int, k: int | None, form: WeightFormat
+    ) -> None:
         super().__init__(inputs, layout, threads, k)
         self.form = form
         self.column_multiple = max(form.block, heuristics.COLUMN_MULTIPLE)

@@ -3,7 +3,9 @@
 sparse_linear, CPU, a few rows  -> SparseGemvTemplate, which never reads a weight row that all of them drop
                   , one row     -> DotGemvTemplate where nothing is dropped and the weight is stored output-major
                   , more rows   -> SparsifyTemplate, then Inductor's own mm over the same weight
+                  , k = None    -> the same kernels, with no selection of their own
 sparsify, CPU                   -> SparsifyTemplate
+keep_above, any device          -> Inductor's own operations, fused into what makes x
 sparse_linear_packed, CPU, a few rows  -> PackedGemvTemplate
                          , more rows   -> UnpackTemplate, then what sparse_linear does
 sparse_linear, GPU, a few rows  -> a threshold fused into what makes x, then the Triton template
@@ -34,8 +36,10 @@ from larosa_compile.kernels.formats import format_of
 from larosa_compile.kernels.support import refusal_reason
 from larosa_compile.kernels.triton_threshold import MAX_FEATURES
 
+aten, prims = torch.ops.aten, torch.ops.prims
 
-def _eager(op: torch._ops.OpOverload, *args: ir.TensorBox | int | str) -> ir.TensorBox:
+
+def _eager(op: torch._ops.OpOverload, *args: ir.TensorBox | int | str | None) -> ir.TensorBox:
     call: Callable[..., ir.TensorBox] = fallback_handler(op, add_to_fallback_set=False)
     return call(*args)
 
@@ -60,14 +64,14 @@ def _sparsify_rows(x: ir.TensorBox, k: int) -> ir.TensorBox:
     return output_of(SparsifyTemplate([x], layout, parallel_num_threads(), k))
 
 
-def _gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.TensorBox:
+def _gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int | None) -> ir.TensorBox:
     if not _on_cpu(x):
         return triton_lowering.sparse_gemv(x, weight_t, k)
     x, weight_t = realize_inputs(x), realize_inputs(weight_t)
     features, columns = map(int, weight_t.get_size())
     rows = int(x.get_size()[0])
     layout = ir.FixedLayout(x.get_device_or_error(), x.get_dtype(), [rows, columns])
-    threads = heuristics.gemv_threads(k * columns * x.get_dtype().itemsize, parallel_num_threads())
+    threads = heuristics.gemv_threads((k or features) * columns * x.get_dtype().itemsize, parallel_num_threads())
     if rows == 1 and k == features and _is_output_major(weight_t):
         return output_of(DotGemvTemplate([x, weight_t], layout, threads, k))
     # not `require_stride1`: it accepts a transposed view, whose unit stride runs down the rows
@@ -75,14 +79,14 @@ def _gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.TensorBox:
     return output_of(SparseGemvTemplate([x, weight], layout, threads, k))
 
 
-def _has_few_rows(x: ir.TensorBox, k: int) -> bool:
+def _has_few_rows(x: ir.TensorBox, k: int | None) -> bool:
     """Whether a product of these rows has a kernel that skips weights, and is better off with it."""
     rows, features = x.get_size()
     if has_free_symbols([rows]):
         return False
     if _on_cpu(x):
         return int(rows) <= heuristics.MAX_GEMV_ROWS
-    return int(rows) <= triton_heuristics.max_gemv_rows(int(features), k)
+    return int(rows) <= triton_heuristics.max_gemv_rows(int(features), k or int(features))
 
 
 def _is_output_major(weight_t: ir.TensorBox) -> bool:
@@ -97,21 +101,40 @@ def lower_sparsify(x: ir.TensorBox, k: int) -> ir.TensorBox:
     return _sparsify_rows(x, k)
 
 
+@register_lowering(ops.keep_above, type_promotion_kind=None)
+def lower_keep_above(x: ir.TensorBox, threshold: float, relative: bool) -> ir.TensorBox:
+    """`reference.keep_above`, said in Inductor's operations."""
+    wide = lowerings[prims.convert_element_type.default](x, torch.float32)
+    magnitude = lowerings[aten.abs.default](wide)
+    lowest: ir.TensorBox | float = threshold
+    if relative:
+        x.realize()  # the row is read twice
+        squares = lowerings[aten.mul.Tensor](wide, wide)
+        lowest = lowerings[aten.sqrt.default](lowerings[aten.mean.dim](squares, [-1], True))
+        lowest = lowerings[aten.mul.Tensor](lowest, threshold)
+    below = lowerings[aten.lt.Tensor if relative else aten.lt.Scalar](magnitude, lowest)
+    zero = lowerings[aten.full.default]([], 0, dtype=x.get_dtype(), device=x.get_device_or_error())
+    kept: ir.TensorBox = lowerings[aten.where.self](below, zero, x)
+    return kept
+
+
 @register_lowering(ops.sparse_linear, type_promotion_kind=None)
-def lower_sparse_linear(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.TensorBox:
+def lower_sparse_linear(x: ir.TensorBox, weight_t: ir.TensorBox, k: int | None) -> ir.TensorBox:
     # the fake op has tied the two sizes; this makes the shared one static again under dynamic shapes
     features = V.graph.sizevars.check_equals_and_simplify(x.get_size()[1], weight_t.get_size()[0])
     if not _has_templates(x) or has_free_symbols(weight_t.get_size()):
         return _eager(ops.sparse_linear, x, weight_t, k)
     if _has_few_rows(x, k):
         return _gemv(x, weight_t, k)
-    kept = x if k == features else _sparsify_rows(x, k)
+    kept = x if k is None or k == features else _sparsify_rows(x, k)
     product: ir.TensorBox = lowerings[torch.ops.aten.mm.default](kept, weight_t)
     return product
 
 
 @register_lowering(ops.sparse_linear_packed, type_promotion_kind=None)
-def lower_sparse_linear_packed(x: ir.TensorBox, packed: ir.TensorBox, k: int, columns: int, form: str) -> ir.TensorBox:
+def lower_sparse_linear_packed(
+    x: ir.TensorBox, packed: ir.TensorBox, k: int | None, columns: int, form: str
+) -> ir.TensorBox:
     if not _has_templates(x) or not _on_cpu(x) or has_free_symbols(packed.get_size()):
         return _eager(ops.sparse_linear_packed, x, packed, k, columns, form)
     meaning, threads = format_of(form), parallel_num_threads()
@@ -122,5 +145,5 @@ def lower_sparse_linear_packed(x: ir.TensorBox, packed: ir.TensorBox, k: int, co
         layout = ir.FixedLayout(device, dtype, [features, columns])
         return lower_sparse_linear(x, output_of(UnpackTemplate(stored, layout, threads, meaning)), k)
     layout = ir.FixedLayout(device, dtype, [int(x.get_size()[0]), columns])
-    threads = heuristics.gemv_threads(meaning.bytes_read(k, features, columns), threads)
+    threads = heuristics.gemv_threads(meaning.bytes_read(k or features, features, columns), threads)
     return output_of(PackedGemvTemplate([realize_inputs(x), stored], layout, threads, k, meaning))

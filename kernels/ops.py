@@ -1,13 +1,15 @@
 """`torch.ops.larosa`: the ops the compiler sees. Eager runs the reference; `lowering` is for Inductor.
 
     larosa::sparsify(Tensor x, int k) -> Tensor                        x [rows, features]
-    larosa::sparse_linear(Tensor x, Tensor weight_t, int k) -> Tensor  x [rows, in], weight_t [in, out]
-    larosa::sparse_linear_packed(Tensor x, Tensor packed, int k, int columns, str form) -> Tensor
+    larosa::keep_above(Tensor x, float threshold, bool relative) -> Tensor  x [..., features]
+    larosa::sparse_linear(Tensor x, Tensor weight_t, int? k) -> Tensor  x [rows, in], weight_t [in, out]
+    larosa::sparse_linear_packed(Tensor x, Tensor packed, int? k, int columns, str form) -> Tensor
         the same over a weight [in, columns] in one of `formats.FORMATS`
 
 Inference only: no op has a backward. Results are contiguous and never alias an input. `k == features`
-keeps everything, i.e. the dense result. Weights are taken to be finite: whether a dropped 0 meets an infinite
-weight (and makes NaN) is left open.
+keeps everything, i.e. the dense result. `k = None` selects nothing either: it is for an x that holds zeros already, as
+`keep_above` leaves them, and weights of entries that are zero are not read. Weights are taken to be finite: whether a
+dropped 0 meets an infinite weight (and makes NaN) is left open.
 """
 
 import torch
@@ -20,9 +22,10 @@ from larosa_compile.kernels.formats import format_of
 # referenced, because its registrations die with it.
 _library = torch.library.Library("larosa", "DEF")
 _library.define("sparsify(Tensor x, int k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define("sparse_linear(Tensor x, Tensor weight_t, int k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define("keep_above(Tensor x, float threshold, bool relative) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define("sparse_linear(Tensor x, Tensor weight_t, int? k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
-    "sparse_linear_packed(Tensor x, Tensor packed, int k, int columns, str form) -> Tensor",
+    "sparse_linear_packed(Tensor x, Tensor packed, int? k, int columns, str form) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -34,12 +37,15 @@ def _sparsify(x: Tensor, k: int) -> Tensor:
     return reference.sparsify(x, k).contiguous()
 
 
-def _sparse_linear(x: Tensor, weight_t: Tensor, k: int) -> Tensor:
-    reference.check_k(k, x.shape[1])
+def _keep_above(x: Tensor, threshold: float, relative: bool) -> Tensor:
+    return reference.keep_above(x, threshold, relative).contiguous()
+
+
+def _sparse_linear(x: Tensor, weight_t: Tensor, k: int | None) -> Tensor:
     return x @ weight_t if k == x.shape[1] else reference.sparse_linear(x, weight_t, k)
 
 
-def _sparse_linear_packed(x: Tensor, packed: Tensor, k: int, columns: int, form: str) -> Tensor:
+def _sparse_linear_packed(x: Tensor, packed: Tensor, k: int | None, columns: int, form: str) -> Tensor:
     return reference.sparse_linear_packed(x, packed, k, columns, form)
 
 
@@ -50,7 +56,18 @@ def _sparsify_fake(x: Tensor, k: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _sparse_linear_fake(x: Tensor, weight_t: Tensor, k: int) -> Tensor:
+def _keep_above_fake(x: Tensor, threshold: float, relative: bool) -> Tensor:
+    torch._check(x.dim() >= 1, lambda: "x must be [..., features], got a number")
+    return x.new_empty(x.shape)
+
+
+def _check_kept(k: int | None, features: int | torch.SymInt) -> None:
+    if k is not None:
+        torch._check(1 <= k, lambda: f"k must be at least 1, got {k}")
+        torch._check(k <= features, lambda: f"k must be at most in = {features}, got {k}")
+
+
+def _sparse_linear_fake(x: Tensor, weight_t: Tensor, k: int | None) -> Tensor:
     torch._check(x.dim() == 2, lambda: f"x must be [rows, in], got {tuple(x.shape)}")
     torch._check(weight_t.dim() == 2, lambda: f"weight_t must be [in, out], got {tuple(weight_t.shape)}")
     torch._check(x.dtype == weight_t.dtype, lambda: f"x is {x.dtype} but weight_t is {weight_t.dtype}")
@@ -59,12 +76,11 @@ def _sparse_linear_fake(x: Tensor, weight_t: Tensor, k: int) -> Tensor:
         x.shape[1] == weight_t.shape[0],
         lambda: f"x has {x.shape[1]} features but weight_t has {weight_t.shape[0]} rows",
     )
-    torch._check(1 <= k, lambda: f"k must be at least 1, got {k}")
-    torch._check(k <= weight_t.shape[0], lambda: f"k must be at most in = {weight_t.shape[0]}, got {k}")
+    _check_kept(k, weight_t.shape[0])
     return x.new_empty(x.shape[0], weight_t.shape[1])
 
 
-def _sparse_linear_packed_fake(x: Tensor, packed: Tensor, k: int, columns: int, form: str) -> Tensor:
+def _sparse_linear_packed_fake(x: Tensor, packed: Tensor, k: int | None, columns: int, form: str) -> Tensor:
     torch._check(x.dim() == 2, lambda: f"x must be [rows, in], got {tuple(x.shape)}")
     torch._check(packed.dtype == torch.uint8, lambda: f"packed must be uint8, got {packed.dtype}")
     # what ties a dynamic x.shape[1] to the weight's static size
@@ -74,18 +90,20 @@ def _sparse_linear_packed_fake(x: Tensor, packed: Tensor, k: int, columns: int, 
     torch._check(
         packed.shape[1] == width, lambda: f"{columns} columns take {width} bytes, packed has {packed.shape[1]}"
     )
-    torch._check(1 <= k, lambda: f"k must be at least 1, got {k}")
-    torch._check(k <= features, lambda: f"k must be at most in = {features}, got {k}")
+    _check_kept(k, features)
     return x.new_empty(x.shape[0], columns)
 
 
 _library.impl("sparsify", _sparsify, "CompositeExplicitAutograd")
+_library.impl("keep_above", _keep_above, "CompositeExplicitAutograd")
 _library.impl("sparse_linear", _sparse_linear, "CompositeExplicitAutograd")
 _library.impl("sparse_linear_packed", _sparse_linear_packed, "CompositeExplicitAutograd")
 torch.library.register_fake("larosa::sparsify", _sparsify_fake, lib=_library)
+torch.library.register_fake("larosa::keep_above", _keep_above_fake, lib=_library)
 torch.library.register_fake("larosa::sparse_linear", _sparse_linear_fake, lib=_library)
 torch.library.register_fake("larosa::sparse_linear_packed", _sparse_linear_packed_fake, lib=_library)
 
 sparsify = torch.ops.larosa.sparsify.default
+keep_above = torch.ops.larosa.keep_above.default
 sparse_linear = torch.ops.larosa.sparse_linear.default
 sparse_linear_packed = torch.ops.larosa.sparse_linear_packed.default

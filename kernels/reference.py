@@ -1,4 +1,4 @@
-"""The meaning of every op, in plain torch: exact Top-K selection by magnitude, and the linear that reads it.
+"""The meaning of every op, in plain torch: selection by magnitude, Top-K or above a threshold, and the linear behind.
 
 Selection compares magnitude *bits*: for IEEE-style floats with the sign cleared, integer order is magnitude
 order, ties and subnormals are exact, and NaN sorts above infinity. A NaN is therefore always kept: it propagates.
@@ -67,13 +67,29 @@ def sparsify(x: Tensor, k: int) -> Tensor:
     return torch.where(keep_mask(x, k), x, 0)
 
 
-def sparse_linear(x: Tensor, weight_t: Tensor, k: int) -> Tensor:
-    """`sparsify(x, k) @ weight_t`.
+def keep_above(x: Tensor, threshold: float, relative: bool) -> Tensor:
+    """`x` with every entry of magnitude below a threshold set to zero; NaN is never below, and stays.
+
+    Args:
+        x: [..., features], floating.
+        threshold: at least 0; compared in float32.
+        relative: whether it is meant in units of the row's root mean square, which makes it invariant to scale.
+
+    Returns:
+        shaped like `x`, in its dtype.
+    """
+    wide = x.float()
+    lowest = threshold * wide.square().mean(-1, keepdim=True).sqrt() if relative else threshold
+    return torch.where(wide.abs() < lowest, 0, x)
+
+
+def sparse_linear(x: Tensor, weight_t: Tensor, k: int | None) -> Tensor:
+    """`sparsify(x, k) @ weight_t`; for `k = None`, `x @ weight_t` over the entries of x that are not zero.
 
     Args:
         x: [rows, in].
         weight_t: [in, out] in the dtype of `x`; transposed, so that a dropped input is a row never read.
-        k: entries kept per row, 1 <= k <= in.
+        k: entries kept per row, 1 <= k <= in, or None.
 
     Returns:
         [rows, out] in the dtype of `x`.
@@ -82,16 +98,16 @@ def sparse_linear(x: Tensor, weight_t: Tensor, k: int) -> Tensor:
         ValueError: `k` outside [1, in].
         TypeError: unsupported dtype.
     """
-    return sparsify(x, k) @ weight_t
+    return _kept(x, k) @ weight_t
 
 
-def sparse_linear_packed(x: Tensor, packed: Tensor, k: int, columns: int, form: str) -> Tensor:
-    """`sparsify(x, k)` times the weight that `packed` holds, multiplied in float32 and rounded once.
+def sparse_linear_packed(x: Tensor, packed: Tensor, k: int | None, columns: int, form: str) -> Tensor:
+    """`sparsify(x, k)`, or x, times the weight that `packed` holds, multiplied in float32 and rounded once.
 
     Args:
         x: [rows, in].
         packed: the weight [in, columns] in the format named `form`.
-        k: entries kept per row, 1 <= k <= in.
+        k: entries kept per row, 1 <= k <= in, or None: nothing is selected.
 
     Returns:
         [rows, columns] in the dtype of `x`.
@@ -101,4 +117,8 @@ def sparse_linear_packed(x: Tensor, packed: Tensor, k: int, columns: int, form: 
         TypeError: unsupported dtype of `x`.
     """
     weight = unpack(packed, x.shape[1], columns, format_of(form))
-    return (sparsify(x, k).float() @ weight).to(x.dtype)
+    return (_kept(x, k).float() @ weight).to(x.dtype)
+
+
+def _kept(x: Tensor, k: int | None) -> Tensor:
+    return x if k is None else sparsify(x, k)

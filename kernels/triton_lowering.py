@@ -25,14 +25,19 @@ def sparsify(x: ir.TensorBox, k: int) -> ir.TensorBox:
     return kept
 
 
-def sparse_gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.TensorBox:
+def sparse_gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int | None) -> ir.TensorBox:
     """`sparse_linear` of a few rows: x [rows, in], weight_t [in, out], static sizes; input-major rows are read."""
     row = ir.ExternKernel.require_contiguous(realize_inputs(x))
     weight = ir.ExternKernel.require_contiguous(realize_inputs(weight_t))
     features, columns = map(int, weight_t.get_size())
     rows, dtype, device = int(x.get_size()[0]), x.get_dtype(), x.get_device_or_error()
     inputs: list[ir.IRNode] = [row, weight]
-    if k < features:
+    selects = k is None or k < features
+    if k is None:
+        # the smallest magnitude bits there are but for those of zero
+        smallest = lowerings[aten.full.default]([rows, 1], 1, dtype=torch.int32, device=device)
+        inputs.append(realize_inputs(smallest))
+    elif selects:
         inputs.append(realize_inputs(kth_magnitude(row, k)))
     processors = DeviceProperties.create(device).multi_processor_count
     tune = config.max_autotune or config.max_autotune_gemm
@@ -43,16 +48,18 @@ def sparse_gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int) -> ir.TensorBox
     choices: list[ir.ChoiceCaller] = []
     for candidate in configs if tune else configs[:1]:
         append_gemv(choices, inputs, layout, candidate)
-    if tune and k < features:
+    if tune and selects:
         choices.append(dense_product.bind(inputs, layout, parts=parts, dtype=summed))
     product: ir.TensorBox = choices[0].output_node()
     if tune:
         # what Inductor would draw for a threshold keeps any number of entries; its rows are normal
         drawn = {
-            2: lambda _: torch.full([rows, 1], normal_threshold(features, k, dtype), dtype=torch.int32, device=device)
+            2: lambda _: torch.full(
+                [rows, 1], normal_threshold(features, k or features // 2, dtype), dtype=torch.int32, device=device
+            )
         }
         product, _ = autotune_select_algorithm(
-            "larosa_sparse_linear", choices, inputs, layout, input_gen_fns=drawn if k < features else None
+            "larosa_sparse_linear", choices, inputs, layout, input_gen_fns=drawn if selects else None
         )
     return product if parts == 1 else _sum_of_parts(product, parts, rows, columns, dtype)
 

@@ -7,9 +7,11 @@ from typing import Literal
 from larosa_compile.arguments import is_number
 from larosa_compile.errors import OptionError
 from larosa_compile.passes.analysis import GraphFacts
+from larosa_compile.passes.gates import find_gate
 from larosa_compile.passes.linears import ActivationGroup, Linear
 from larosa_compile.passes.plan import HEAD
-from larosa_compile.recipe import MAX_SPARSITY, SiteRecipe
+from larosa_compile.passes.selection import GATE, TOP_K
+from larosa_compile.site import MAX_SPARSITY, UNMEASURED, SiteRecipe
 
 Rotation = Literal["auto", "layer", "model", "none"] | int
 """How many layers share a basis: one each, all, that many; "auto" as few as `MAX_ADAPTER_SHARE` allows; "none" leaves
@@ -57,9 +59,9 @@ class Coefficients:
 
 
 def allocate(
-    facts: GraphFacts, sparsity: float, coefficients: Coefficients, rotation: Rotation
+    facts: GraphFacts, sparsity: float, coefficients: Coefficients, rotation: Rotation, selection: str = TOP_K
 ) -> dict[str, SiteRecipe]:
-    """The sites of one graph.
+    """The sites of one graph; where a gate selects, linears that read a gated product. No threshold is measured yet.
 
     A basis is named after the first linear that reads in it, so names agree between the graphs of one model. A head
     has a basis of its own, in which what it reads is rotated at run time: that reads little next to a vocabulary.
@@ -68,14 +70,18 @@ def allocate(
         OptionError: `rotation` is none of the allowed values.
     """
     sites, kept_bytes = {}, 0.0
+    products = {linear.product: linear for linear in facts.linears}
+    quantiles = None if selection == TOP_K else UNMEASURED
     for group in facts.groups:
+        if selection == GATE and find_gate(group, products) is None:
+            continue
         for linear in group.linears:
             kind = _kind(linear, group, facts)
             if kind == HEAD and not (coefficients.heads and facts.streams):
                 continue
             coefficient = 0.0 if _is_negligible(linear) else coefficients.by_kind[kind]
             dropped = min(coefficient * sparsity, MAX_SPARSITY)
-            sites[linear.path] = SiteRecipe(dropped, coefficient, None, kind)
+            sites[linear.path] = SiteRecipe(dropped, coefficient, None, kind, selection, quantiles)
             kept_bytes += 0.0 if kind == HEAD else (1 - dropped) * linear.weight_bytes
     bases = _bases(facts, rotation, kept_bytes)
     for group in facts.groups:

@@ -17,10 +17,12 @@ from larosa_compile.errors import MissingRecipeError
 from larosa_compile.online import compile_online
 from larosa_compile.passes.graph import Refusal
 from larosa_compile.passes.pipeline import Rewritten, pack, rewrite
-from larosa_compile.recipe import Recipe, SiteRecipe
+from larosa_compile.recipe import Recipe
+from larosa_compile.recipe_checks import DENSE
 from larosa_compile.released import is_released
 from larosa_compile.report import described, report_of
 from larosa_compile.self_check import find_fault
+from larosa_compile.site import SiteRecipe
 from larosa_compile.trace import Trace
 from larosa_compile.weights import FoldedWeights
 
@@ -128,6 +130,8 @@ def _checked(captured: Captured, recipe: Recipe, trace: Trace) -> _Made:
 
 def _recipe(config: Config, captured: Captured) -> Recipe | None:
     """The recipe to compile a graph with, at the sparsity that was asked for; None where one is to be learnt."""
+    if config.method == DENSE:
+        return Recipe(0.0, {}, {}, captured.shapes, {}, method=DENSE)
     recipe = config.recipe or registry.recipe_of(captured.tensors.values())
     if recipe is None or (config.recipe is None and not is_whole(captured.tensors.values())):
         if config.calibration_tokens == 0:

@@ -10,16 +10,22 @@ from torch import Tensor
 
 import larosa_compile
 from larosa_compile import registry
-from larosa_compile.allocation import Coefficients, Rotation, allocate, check_rotation
+from larosa_compile.allocation import Coefficients, Rotation, allocate
 from larosa_compile.arguments import checked_count, checked_sparsity
+from larosa_compile.block_search import greedy_allocation
 from larosa_compile.capture import Boxed, Captured, boxed, capture, check_has_values, compile_alone
 from larosa_compile.errors import InferenceOnlyError, OptionError, RecipeError
 from larosa_compile.fingerprint import fingerprint
+from larosa_compile.methods import GREEDY, GRID, Asked, asked
 from larosa_compile.moments import Moments, observe
 from larosa_compile.passes.pipeline import facts_of
+from larosa_compile.passes.selection import GATE, TOP_K
 from larosa_compile.progress import progress_bar
-from larosa_compile.recipe import JSON, Recipe, SiteRecipe
+from larosa_compile.recipe import JSON, Recipe
+from larosa_compile.recipe_checks import LAROSA
 from larosa_compile.released import check_not_released
+from larosa_compile.site import SiteRecipe
+from larosa_compile.thresholds import with_thresholds
 
 Batches = str | Iterable[str] | Iterable[Tensor]
 """Token ids `[batch, tokens]` or `[tokens]`, or texts, for which a tokenizer is needed."""
@@ -38,7 +44,9 @@ def calibrate(
     *,
     tokenizer: Tokenizer | None = None,
     context: int = 1024,
-    rotation: Rotation = "layer",
+    method: str = LAROSA,
+    selection: str | None = None,
+    rotation: Rotation | None = None,
     coefficients: Coefficients | None = None,
     search: Batches | None = None,
     progress: bool = True,
@@ -46,7 +54,8 @@ def calibrate(
     """Measures a model on some text; the recipe is also remembered for a bare `torch.compile` of that model.
 
     Runs the captured graph over the batches once, summing second moments of the normalised stream activations
-    in float64; nothing else is kept. Their eigenvectors are the rotations.
+    in float64; nothing else is kept. Their eigenvectors are the rotations. Where a threshold selects, it runs over them
+    once more, with the sites sparse, and counts magnitudes.
 
     Args:
         model: in eval mode, on its device; called as `model(input_ids=ids, use_cache=False)`.
@@ -54,10 +63,18 @@ def calibrate(
         sparsity: nominal share of activations to drop, in [0, 1).
         tokenizer: turns texts into token ids; needed for texts only.
         context: window length for texts, in tokens.
+        method: "larosa"; "teal" (thresholds on magnitudes, no rotation, head dense); "cats" (thresholds on activated
+            gates, no rotation: linears that read a gated product are sparse, all others dense).
+        selection: how a site chooses what to keep. larosa: "top-k" (its own: every token drops the same share),
+            "threshold" or "relative" (in units of a row's root mean square); teal: "threshold" (its own) or "relative";
+            cats: "gate". Thresholds keep what was promised on average over text like `batches`.
         rotation: "layer" (the paper's: one basis a layer), "model", a number of layers a basis, "none", or "auto": as
-            few layers a basis as keep residual adapters below 5 % of the weight bytes read inside blocks.
-        coefficients: site sparsity per unit of nominal sparsity by kind; the paper's values by default.
-        search: held-out batches to choose the coefficients on instead (paper: Algorithm 1, one pair per kind).
+            few layers a basis as keep residual adapters below 5 % of the weight bytes read inside blocks. By default
+            "layer" for larosa; the other methods have "none".
+        coefficients: site sparsity per unit of nominal sparsity by kind; by default the paper's values for larosa, and
+            1 for the others.
+        search: held-out batches to choose the coefficients on instead, as the method does. larosa: one pair by kind
+            (Algorithm 1). teal: greedy by block, one for each linear, on the first of these batches. cats: nothing.
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -67,7 +84,7 @@ def calibrate(
         OptionError: an argument is out of range, or texts came without a tokenizer.
         RecipeError: there was nothing to calibrate (no batches, or no residual stream in the model).
 
-    Source: LaRoSA (arXiv 2507.01299) sections 3.2-3.4.
+    Source: LaRoSA (arXiv 2507.01299) sections 3.2-3.4; TEAL (arXiv 2408.14690); CATS (arXiv 2404.08763).
     """
     if not isinstance(model, torch.nn.Module):
         raise OptionError(f"model must be a torch.nn.Module, got {type(model).__name__}; load it and give it here")
@@ -77,12 +94,7 @@ def calibrate(
         raise InferenceOnlyError("the model is in training mode; call model.eval() before calibrating it")
     sparsity = checked_sparsity("sparsity", sparsity)
     context = checked_count("context", context, least=1)
-    check_rotation(rotation)
-    if not isinstance(coefficients, Coefficients | None):
-        raise OptionError(
-            f"coefficients must be an allocation.Coefficients or None, got {coefficients!r}; give such as "
-            "Coefficients(readers=0.8, writers=1.2)"
-        )
+    plan = asked(method, selection, rotation, coefficients, search is not None)
     if tokenizer is not None and not callable(tokenizer):
         raise OptionError(f"tokenizer must be callable or None, got {type(tokenizer).__name__}; give the model's own")
     ids = list(token_batches(batches, tokenizer, context))
@@ -97,18 +109,23 @@ def calibrate(
     registry.remember_paths(model)
     sites: dict[str, SiteRecipe] = {}
     moments = Moments()
-    observed = _observing(model, sites, moments, sparsity, coefficients or Coefficients(), rotation)
+    observed = _observing(model, sites, moments, sparsity, plan)
     with torch.no_grad(), progress_bar(progress) as bar:
-        for batch in bar.track(ids, description="calibrating"):
+        # without rotations there is nothing to learn here but which sites there are
+        for batch in bar.track(ids if plan.rotation != "none" else ids[:1], description="calibrating"):
             observed(input_ids=batch, use_cache=False)
         if not sites:
-            raise RecipeError("no linear of this model feeds a residual stream, so there is no site to make sparse")
+            raise RecipeError(_without_sites(plan))
         eigen = bar.add_task("eigenvectors", total=None)
         rotations, spectra = moments.principal_components()
         bar.remove_task(eigen)
 
-    recipe = Recipe(sparsity, sites, rotations, fingerprint(model), _provenance(ids, rotation), spectra)
-    if held_out is not None:
+    recipe = Recipe(sparsity, sites, rotations, fingerprint(model), _provenance(ids, plan), spectra, method=plan.method)
+    if held_out is not None and plan.search == GREEDY:
+        recipe = greedy_allocation(model, recipe, held_out[0], progress)
+    if plan.selection != TOP_K:
+        recipe = with_thresholds(model, recipe, ids, progress)
+    if held_out is not None and plan.search == GRID:
         from larosa_compile.search import best_coefficients
 
         recipe = best_coefficients(model, recipe, held_out, progress=progress)
@@ -161,14 +178,13 @@ def _observing(
     sites: dict[str, SiteRecipe],
     moments: Moments,
     sparsity: float,
-    coefficients: Coefficients,
-    rotation: Rotation,
+    plan: Asked,
 ) -> Any:
     """The model compiled so that its own graphs report to `moments`; fills `sites` as graphs are captured."""
 
     def observe_graph(captured: Captured) -> Boxed:
         facts = facts_of(captured.graph, captured.fake_mode)
-        found = allocate(facts, sparsity, coefficients, rotation)
+        found = allocate(facts, sparsity, plan.coefficients, plan.rotation, plan.selection)
         sites.update(found)
         observe(facts, found, moments.add)
         module = captured.graph.module
@@ -180,7 +196,16 @@ def _observing(
     return compile_alone(model, backend)
 
 
-def _provenance(ids: list[Tensor], rotation: Rotation) -> dict[str, JSON]:
+def _without_sites(plan: Asked) -> str:
+    if plan.selection == GATE:
+        return (
+            "no linear of this model reads an activated gate times a linear of the same activation, so there is no "
+            "site for method 'cats'; use method='larosa' or 'teal'"
+        )
+    return "no linear of this model feeds a residual stream, so there is no site to make sparse"
+
+
+def _provenance(ids: list[Tensor], plan: Asked) -> dict[str, JSON]:
     digest = hashlib.sha256()
     for batch in ids:
         digest.update(batch.cpu().to(torch.int64).numpy().tobytes())
@@ -188,7 +213,7 @@ def _provenance(ids: list[Tensor], rotation: Rotation) -> dict[str, JSON]:
         "tokens": sum(batch.numel() for batch in ids),
         "windows": sum(batch.shape[0] for batch in ids),
         "text_digest": digest.hexdigest(),
-        "rotation": rotation,
+        "rotation": plan.rotation,
         "versions": versions(),
     }
 

@@ -15,7 +15,8 @@ from larosa_compile.capture import Captured
 from larosa_compile.errors import MissingRecipeError, RecipeError
 from larosa_compile.fingerprint import fingerprint
 from larosa_compile.moments import Moments
-from larosa_compile.recipe import JSON, Recipe, SiteRecipe
+from larosa_compile.recipe import JSON, Recipe
+from larosa_compile.site import SiteRecipe
 
 _log = logging.getLogger("larosa_compile")
 

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias, cast, get_args
 from larosa_compile.arguments import checked_count, checked_sparsity
 from larosa_compile.errors import OptionError, StaleRecipeError
 from larosa_compile.recipe import Recipe
-from larosa_compile.recipe_checks import WEIGHTS
+from larosa_compile.recipe_checks import METHODS, WEIGHTS
 
 Lowering: TypeAlias = Literal["inductor", "eager"]
 
@@ -23,6 +23,7 @@ OPTIONS = (
     "calibration_tokens",
     "dump",
     "lowering",
+    "method",
     "recipe",
     "release_originals",
     "self_check",
@@ -83,6 +84,8 @@ class Config:
         self_check: compare every rewritten graph with the model, nothing dropped, before it is used. The check needs
             both sets of weights at once, so with `release_originals` it is off unless asked for.
         weights: the format of the sites' weights; None is what the recipe says.
+        method: what the recipe has to have been made by; None is any. "dense" drops nothing and needs no recipe: what
+            this backend does besides, to compare with.
         recipe_file: the file that `recipe` was read from, if it was.
         sparsity: nominal sparsity to run at, in [0, 1); None is the recipe's own, and 0.5 for one that is learnt.
         calibration_tokens: tokens that a model without a recipe runs dense for, while one is learnt from them; 0 is
@@ -95,6 +98,7 @@ class Config:
     release_originals: bool = False
     self_check: bool = True
     weights: str | None = None
+    method: str | None = None
     recipe_file: "RecipeFile | None" = None
     sparsity: float | None = None
     calibration_tokens: int = CALIBRATION_TOKENS
@@ -126,13 +130,23 @@ class Config:
             release_originals=release,
             self_check=_flag("self_check", options.get("self_check", not release)),
             weights=None if options.get("weights") is None else _one_of("weights", options["weights"], WEIGHTS),
+            method=None if options.get("method") is None else _one_of("method", options["method"], METHODS),
             recipe_file=RecipeFile.of(options.get("recipe")),
             sparsity=None if sparsity is None else checked_sparsity("option 'sparsity'", sparsity),
             calibration_tokens=checked_count("option 'calibration_tokens'", tokens, least=0),
         )
 
     def applied_to(self, recipe: Recipe) -> Recipe:
-        """The recipe at the sparsity and with the weights that were asked for."""
+        """The recipe at the sparsity and with the weights that were asked for.
+
+        Raises:
+            OptionError: another method was asked for than it was made by.
+        """
+        if self.method not in (None, recipe.method):
+            raise OptionError(
+                f"option 'method' must be that of the recipe, {recipe.method!r}, or 'dense', got {self.method!r}; "
+                f"leave it out, or make a recipe with larosa_compile.calibrate(model, batches, method={self.method!r})"
+            )
         if self.sparsity is not None:
             recipe = recipe.with_sparsity(self.sparsity)
         return recipe if self.weights is None else recipe.with_weights(self.weights)

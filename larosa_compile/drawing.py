@@ -150,7 +150,8 @@ def _site(site: SiteReport, bases: _Bases) -> str:
     width = EDGE - BOX
     kept = width * site.kept / site.features
     hint = (
-        f"{', '.join(site.paths)}: keeps {site.kept} of {site.features} inputs; {site.outputs} outputs; "
+        f"{', '.join(site.paths)}: keeps {site.kept} of {site.features} inputs, chosen by {site.selection}; "
+        f"{site.outputs} outputs; "
         f"reads in {site.read or 'its own basis'}, writes in {site.written or 'its own basis'}; "
         f"{site.dense_bytes:,} bytes dense, {site.sparse_bytes:,} sparse"
     )

@@ -70,7 +70,8 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
     for site in plan.sites:
         paths = " + ".join(linear.path for linear in site.linears)
         source = f", reads the stream at {site.reader.source.name}" if site.reader else ""
-        yield f"  {paths}: {site.kept} of {site.group.features} in {_named(site.basis)}{source}"
+        chosen = "" if site.selection.is_exact else f" on average, {site.selection}"
+        yield f"  {paths}: {site.kept} of {site.group.features}{chosen} in {_named(site.basis)}{source}"
     for stream in plan.facts.streams:
         yield ""
         yield f"stream of {stream.features} features: node, basis"

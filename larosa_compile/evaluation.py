@@ -8,16 +8,35 @@ import torch
 from torch import Tensor
 
 
-def next_token_losses(model: Callable[..., Any], batches: Iterable[Tensor]) -> list[float]:
-    """Mean cross-entropy in nats of all next tokens, one number per batch of token ids [batch, tokens].
+def next_token_losses(
+    model: Callable[..., Any],
+    batches: Iterable[Tensor],
+    *,
+    dense: Callable[..., Any] | None = None,
+    dense_tokens: int = 0,
+    counted_from: int = 0,
+) -> list[float]:
+    """Mean cross-entropy in nats of next tokens, one number per batch of token ids [batch, tokens].
 
     Every token is processed in one forward call, so a sparse model is sparse at every token.
+
+    Args:
+        dense: what processes the first tokens in place of the model, which goes on from its cache.
+        dense_tokens: how many these are, fewer than `tokens`.
+        counted_from: the first position whose prediction counts.
     """
     losses = []
     with torch.no_grad():
         for ids in batches:
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item())
+            if dense is None or not dense_tokens:
+                logits = model(input_ids=ids, use_cache=False).logits
+            else:
+                before = dense(input_ids=ids[:, :dense_tokens], use_cache=True)
+                cache = before.past_key_values
+                after = model(input_ids=ids[:, dense_tokens:], past_key_values=cache, use_cache=True)
+                logits = torch.cat([before.logits, after.logits], 1)
+            logits, wanted = logits[:, counted_from:-1].float(), ids[:, counted_from + 1 :]
+            losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten()).item())
     return losses
 
 

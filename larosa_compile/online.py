@@ -22,7 +22,7 @@ from larosa_compile.moments import observe
 from larosa_compile.passes.graph import Refusal
 from larosa_compile.passes.pipeline import Rewritten, facts_of, pack, rewrite
 from larosa_compile.recipe import Recipe
-from larosa_compile.recipe_checks import OWN_DTYPE
+from larosa_compile.recipe_checks import LAROSA, OWN_DTYPE
 from larosa_compile.report import described, report_of
 from larosa_compile.self_check import find_fault
 from larosa_compile.trace import Trace
@@ -42,8 +42,14 @@ def compile_online(captured: Captured, config: Config, started: float) -> Boxed:
     started: when the backend was entered, as `time.perf_counter` says it.
 
     Raises:
-        OptionError: the originals are to be released, which the dense graph reads.
+        OptionError: the originals are to be released, which the dense graph reads; or the method is one of thresholds,
+            which are not known yet when the graph is compiled.
     """
+    if config.method not in (None, LAROSA):
+        raise OptionError(
+            f"option 'method' must be 'larosa' or 'dense' for a model that has no recipe yet, got {config.method!r}; "
+            f"make one with larosa_compile.calibrate(model, batches, method={config.method!r})"
+        )
     if config.release_originals:
         raise OptionError(
             "option 'release_originals' must be False for a model that has no recipe yet, got True; calibrate it "

@@ -5,7 +5,6 @@ methods return new recipes. The layout of the file is in `recipe_file.py`.
 """
 
 import copy
-import dataclasses
 import hashlib
 import json
 import os
@@ -20,55 +19,19 @@ from torch import Tensor, nn
 from larosa_compile import recipe_file, registry
 from larosa_compile.errors import RecipeError
 from larosa_compile.fingerprint import locate
-from larosa_compile.passes.plan import HEAD
 from larosa_compile.recipe_checks import (
+    LAROSA,
     OWN_DTYPE,
+    check_method,
     check_weights,
-    checked_number,
     checked_rotation,
     checked_sparsity,
     checked_spectrum,
 )
+from larosa_compile.site import MAX_SPARSITY, SiteRecipe
 
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 """What the provenance of a recipe may be made of."""
-
-MAX_SPARSITY = 0.99
-"""Where a derived site sparsity is clipped: a site that keeps nothing would be a constant."""
-
-KINDS = ("reader", "writer", "other", HEAD)
-
-
-@dataclass(frozen=True)
-class SiteRecipe:
-    """How the input of one linear is sparsified.
-
-    Attributes:
-        sparsity: fraction of the input's features set to zero, in [0, 1).
-        coefficient: sparsity of this site per unit of nominal sparsity.
-        basis: key of the rotation the input is sparsified in; None is the activation's own basis.
-        kind: what the linear does, for coefficients by kind: "reader" and "writer" of a residual stream, "other"
-            inside a block, "head".
-
-    Raises:
-        RecipeError: a number is out of range or not finite.
-    """
-
-    sparsity: float
-    coefficient: float
-    basis: str | None = None
-    kind: str = "other"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sparsity", checked_sparsity(self.sparsity))
-        coefficient = checked_number("coefficient", self.coefficient)
-        if coefficient < 0:
-            raise RecipeError(f"coefficient must be at least 0, got {coefficient}")
-        object.__setattr__(self, "coefficient", coefficient)
-        if self.basis is not None and not isinstance(self.basis, str):
-            raise RecipeError(f"basis must be the key of a rotation or None, got {self.basis!r}")
-        if self.kind not in KINDS:
-            raise RecipeError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -86,6 +49,7 @@ class Recipe:
             Nothing computes with them; recipes of older files have none.
         weights: in which format compiled graphs read the sites' weights: "model", the model's own dtype, or a name in
             `kernels.formats.FORMATS`.
+        method: what the sites were derived by: "larosa", "teal", "cats", or "dense", which has none.
 
     Raises:
         RecipeError: a number is not finite or out of range, a Q is not square, float32 and orthogonal, a
@@ -99,6 +63,7 @@ class Recipe:
     calibration: Mapping[str, JSON]
     spectra: Mapping[str, Tensor] = field(default_factory=dict)
     weights: str = OWN_DTYPE
+    method: str = LAROSA
 
     def __post_init__(self) -> None:
         rotations = {key: checked_rotation(key, q) for key, q in self.rotations.items()}
@@ -111,6 +76,7 @@ class Recipe:
         _check_sites(self.sites, rotations, parameters)
         spectra = {key: checked_spectrum(key, spectrum, rotations) for key, spectrum in self.spectra.items()}
         check_weights(self.weights)
+        check_method(self.method)
         object.__setattr__(self, "sparsity", checked_sparsity(self.sparsity))
         object.__setattr__(self, "sites", dict(self.sites))
         object.__setattr__(self, "rotations", rotations)
@@ -141,7 +107,18 @@ class Recipe:
             path: replace(site, coefficient=coefficients.get(site.kind, site.coefficient))
             for path, site in self.sites.items()
         }
-        return self._changed(sites=sites).with_sparsity(self.sparsity)
+        return self.with_sites(sites).with_sparsity(self.sparsity)
+
+    def with_sites(self, sites: Mapping[str, SiteRecipe], provenance: Mapping[str, JSON] | None = None) -> "Recipe":
+        """Return the recipe with other choices for its sites, in the bases that it has.
+
+        `provenance`, where they come from, is added to its.
+
+        Raises:
+            RecipeError: a site names a basis that is missing or that does not fit its weight.
+        """
+        _check_sites(sites, self.rotations, self.parameters)
+        return self._changed(sites=dict(sites), calibration={**self.calibration, **(provenance or {})})
 
     def with_weights(self, weights: str) -> "Recipe":
         """Return the recipe for weights in another format: "int8", "int4", or "model" for the model's own dtype.
@@ -158,7 +135,17 @@ class Recipe:
         return self.weights != OWN_DTYPE
 
     def without_rotation(self) -> "Recipe":
-        """Return the recipe with every site in its own basis: plain magnitude sparsity, the baseline."""
+        """Return the recipe with every site in its own basis: plain magnitude sparsity, the baseline.
+
+        Raises:
+            RecipeError: a site chooses by a threshold that was measured in a rotated basis.
+        """
+        bound = next((path for path, site in self.sites.items() if site.basis and site.quantiles), None)
+        if bound is not None:
+            raise RecipeError(
+                f"the thresholds of {bound!r} were measured in its rotated basis, and only top-k may change the basis; "
+                "call calibrate(…, method='teal'), or with rotation='none'"
+            )
         sites = {path: replace(site, basis=None) for path, site in self.sites.items()}
         return self._changed(sites=sites, rotations={}, spectra={})
 
@@ -183,14 +170,16 @@ class Recipe:
         return sha.hexdigest()
 
     def header(self) -> dict[str, JSON]:
-        """Return everything but the tensors, as JSON values; the weights' format where it is not the model's."""
+        """Return everything but the tensors, as JSON values, without what has the value it has by default."""
         header: dict[str, JSON] = {
             "sparsity": self.sparsity,
-            "sites": {path: dataclasses.asdict(site) for path, site in self.sites.items()},
+            "sites": {path: site.header() for path, site in self.sites.items()},
             "parameters": {path: list(shape) for path, shape in self.parameters.items()},
             "calibration": self.calibration,
         }
-        return header if self.weights == OWN_DTYPE else header | {"weights": self.weights}
+        # so that the digest of a recipe in an older file is still what that file says
+        named = {"weights": (self.weights, OWN_DTYPE), "method": (self.method, LAROSA)}
+        return header | {name: value for name, (value, default) in named.items() if value != default}
 
     def locate(self, found: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         """Find the parameters of a graph (path -> shape) in the calibrated model: path there -> path here.

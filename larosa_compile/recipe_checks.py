@@ -17,6 +17,16 @@ WEIGHTS = (OWN_DTYPE, *FORMATS)
 """What a recipe may say of the format of weights."""
 
 
+LAROSA, DENSE = "larosa", "dense"
+METHODS = (LAROSA, "teal", "cats", DENSE)
+"""What the sites of a recipe may be derived by; a dense one has none."""
+
+
+def check_method(method: object) -> None:
+    if method not in METHODS:
+        raise RecipeError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}; give one of them")
+
+
 def check_weights(weights: object) -> None:
     if weights not in WEIGHTS:
         raise RecipeError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}; give one of them")

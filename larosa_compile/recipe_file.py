@@ -17,9 +17,9 @@ from torch import Tensor
 from larosa_compile.errors import RecipeError
 
 FORMAT = "larosa-recipe"
-SCHEMA = "3"
-READABLE = ("2", SCHEMA)
-"""Schema 2 is schema 3 without spectra."""
+SCHEMA = "4"
+READABLE = ("2", "3", SCHEMA)
+"""Schema 3 is schema 4 without methods and thresholds, schema 2 is schema 3 without spectra."""
 
 _SPECTRUM = " spectrum"
 """Behind a basis key; no parameter path, hence no key, holds a space."""
@@ -101,7 +101,7 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
     if metadata.get("schema") not in READABLE:
         raise RecipeError(
             f"{path} has recipe schema {metadata.get('schema')!r}, this version reads "
-            f"{' and '.join(map(repr, READABLE))}; upgrade larosa-compile, or calibrate again"
+            f"{', '.join(map(repr, READABLE))}; upgrade larosa-compile, or calibrate again"
         )
 
 

@@ -1,8 +1,8 @@
 """What the compiler did with a model, and what it left alone and why."""
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +12,7 @@ from larosa_compile.passes.graph import Refusal, rows
 from larosa_compile.passes.pack import refuse_to_pack
 from larosa_compile.passes.pipeline import Rewritten
 from larosa_compile.passes.plan import Plan
+from larosa_compile.passes.selection import TOP_K
 from larosa_compile.passes.streams import Stream
 from larosa_compile.recipe import Recipe
 
@@ -19,6 +20,8 @@ from larosa_compile.recipe import Recipe
 @dataclass(frozen=True)
 class SiteReport:
     """One product over the weights of `paths`: `kept` of `features` inputs, `outputs` outputs.
+
+    selection: how these are chosen; anything but "top-k" promises `kept`, and `sparse_bytes`, on average only.
 
     read, written: the bases folded into the weight on either side; None is the model's own.
     reads_stream, writes_stream: whether it reads a residual stream, and whether what it computes enters one.
@@ -36,6 +39,13 @@ class SiteReport:
     reads_stream: bool
     writes_stream: bool
     weights: str | None = None
+    selection: str = TOP_K
+
+    def with_share(self, share: float) -> "SiteReport":
+        """The same with another share of the inputs kept, as it was measured; groups of packed codes scale alike."""
+        kept = round(share * self.features)
+        reads = self.sparse_bytes * kept // self.kept
+        return replace(self, kept=kept, sparse_bytes=reads)
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,16 @@ class GraphReport:
     other_bytes: int
     refusals: tuple[Refusal, ...]
 
+    def with_shares(self, shares: Mapping[str, float]) -> "GraphReport":
+        """The same with what sites keep as it was measured. shares: by path; what is not there stays as it is."""
+        sites = [site.with_share(shares[site.paths[0]]) if site.paths[0] in shares else site for site in self.sites]
+        return replace(self, sites=tuple(sites))
+
+    @property
+    def is_average(self) -> bool:
+        """Whether a site keeps what it does on average only, as thresholds do."""
+        return any(site.selection != TOP_K for site in self.sites)
+
     @property
     def dense_bytes(self) -> int:
         """Bytes of all linear weights, as the uncompiled model reads them."""
@@ -109,12 +129,13 @@ class GraphReport:
 
     def __str__(self) -> str:
         short = self.basis_names
-        sites = _table("site", "shape", "k", "reads in", "writes in", "weights", "dense bytes", "sparse bytes")
+        columns = ("site", "shape", "k", "chosen by", "reads in", "writes in", "weights", "dense bytes", "sparse bytes")
+        sites = _table(*columns)
         for site in self.sites:
             shape = f"{site.features} x {site.outputs}"
             form, counts = site.weights or "model", (f"{site.dense_bytes:,}", f"{site.sparse_bytes:,}")
             read, written = short[site.read], short[site.written]
-            sites.add_row(_joined(site.paths), shape, str(site.kept), read, written, form, *counts)
+            sites.add_row(_joined(site.paths), shape, str(site.kept), site.selection, read, written, form, *counts)
         online = _table("rotation computed at run time", "after", "bytes")
         for item in self.online:
             online.add_row(f"{short[item.start]} -> {short[item.end]}", item.source, f"{item.bytes:,}")
@@ -127,7 +148,7 @@ class GraphReport:
         header = (
             f"graph over {self.rows} token(s); {self.recipe}\n"
             f"linear weight bytes per decoded token: {self.dense_bytes:,} dense, {self.sparse_bytes:,} sparse "
-            f"({self.bytes_skipped_share:.1%} skipped)"
+            f"({self.bytes_skipped_share:.1%} skipped{', on average: thresholds select' if self.is_average else ''})"
         )
         names = "\n".join(f"{name} is the basis of {basis}" for basis, name in short.items() if basis is not None)
         tables = [_text(table) for table in (streams, sites, online, refusals) if table.row_count]
@@ -208,6 +229,7 @@ def _site_report(folded: FoldedSite, reads_stream: bool, writes_stream: bool) ->
         reads_stream,
         writes_stream,
         None if form is None else form.name,
+        site.selection.rule if site.is_sparse else TOP_K,
     )
 
 
@@ -220,4 +242,4 @@ def _bases_of(stream: Stream, plan: Plan) -> tuple[str, ...]:
 def described(recipe: Recipe) -> str:
     """A recipe in a few words."""
     weights = f", {recipe.weights} weights" if recipe.packs else ""
-    return f"nominal sparsity {recipe.sparsity:g}{weights}, recipe {recipe.digest[:12]}"
+    return f"{recipe.method}, nominal sparsity {recipe.sparsity:g}{weights}, recipe {recipe.digest[:12]}"

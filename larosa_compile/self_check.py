@@ -123,7 +123,7 @@ class _NothingDropped(Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is ops.sparse_linear:
             return args[0] @ args[1]
-        return args[0] if target is ops.sparsify else super().call_function(target, args, kwargs)
+        return args[0] if target in (ops.sparsify, ops.keep_above) else super().call_function(target, args, kwargs)
 
 
 def _run(

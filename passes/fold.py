@@ -42,7 +42,8 @@ class FoldedSite:
     """A site after folding: its products over one activation, and the basis its outputs are written in.
 
     A site of plain linears has one product, `mm(activation, weight)`; of stacked ones, a product each. form: of the
-    weight that the product reads; None is the model's own dtype.
+    weight that the product reads; None is the model's own dtype. selected: what a threshold left of the activation, or
+    of its gate, once the site is sparse; None where there is no threshold.
     """
 
     site: Site
@@ -50,6 +51,7 @@ class FoldedSite:
     products: tuple[Node, ...]
     written: Basis
     form: WeightFormat | None = None
+    selected: Node | None = None
 
 
 def fold_sites(

@@ -13,9 +13,11 @@ from larosa_compile.kernels.support import refusal_reason
 from larosa_compile.passes.algebra import Basis
 from larosa_compile.passes.analysis import GraphFacts
 from larosa_compile.passes.bases import BasisChange, Place, assign_bases
+from larosa_compile.passes.gates import Gate, find_gate
 from larosa_compile.passes.graph import Refusal, value
 from larosa_compile.passes.linears import ActivationGroup, Linear
 from larosa_compile.passes.parameters import looked_up_parameter
+from larosa_compile.passes.selection import EVERY_ROW, GATE, Selection
 from larosa_compile.passes.streams import StreamReader
 
 _NO_SITE = "the recipe has no such site"
@@ -23,7 +25,7 @@ _NOT_IN_A_BLOCK = "what it computes feeds no residual stream (a head); the metho
 
 
 class SiteChoice(Protocol):
-    """What a recipe says of one site: the share of its input to drop, and the basis it is dropped in."""
+    """What a recipe says of one site: the share of its input to drop, in which basis, and how it is chosen."""
 
     @property
     def sparsity(self) -> float: ...
@@ -34,6 +36,12 @@ class SiteChoice(Protocol):
     @property
     def kind(self) -> str: ...
 
+    @property
+    def selection(self) -> str: ...
+
+    @property
+    def threshold(self) -> float: ...
+
 
 HEAD = "head"
 """The kind of site whose basis is that of what its linears read, scaled and shifted, rather than of the stream."""
@@ -41,12 +49,13 @@ HEAD = "head"
 
 @dataclass(frozen=True)
 class Site:
-    """Linears that share one Top-K selection: `kept` of `group.features` inputs, selected in `basis`.
+    """Linears that share one selection: `kept` of `group.features` inputs, on average or each time, in `basis`.
 
     reader: how the group reads a stream that is kept in its basis; None where it does not, so that a basis means a
     rotation of the group's activation at run time.
     lookups: embeddings that look rows up in the weight of a head; they do so in the folded weight, so that a tied
     vocabulary matrix is stored once.
+    gate: where the selection looks at an activated gate, that gate.
     """
 
     group: ActivationGroup
@@ -55,6 +64,13 @@ class Site:
     kept: int
     basis: Basis
     lookups: tuple[Node, ...] = ()
+    selection: Selection = EVERY_ROW
+    gate: Gate | None = None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether anything may be dropped."""
+        return self.kept < self.group.features
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -94,22 +110,26 @@ def make_plan(facts: GraphFacts, choices: Mapping[str, SiteChoice], share_tables
     """
     sites: list[Site] = []
     refusals = list(facts.refusals)
+    products = {linear.product: linear for linear in facts.linears}
     for group in facts.groups:
         reader = facts.reader_of(group)
-        members: dict[tuple[float, Basis, bool], list[Linear]] = {}
+        gate = find_gate(group, products)
+        members: dict[tuple[float, Basis, bool, Selection], list[Linear]] = {}
         for linear in group.linears:
             choice = choices.get(linear.path)
-            reason = _refuse(linear, choice, reader, facts)
+            reason = _refuse(linear, choice, reader, gate, facts)
             if choice is None or reason:
                 refusals.append(Refusal(linear.path, reason or _NO_SITE))
                 continue
-            members.setdefault((choice.sparsity, choice.basis, choice.kind == HEAD), []).append(linear)
-        for (sparsity, basis, is_head), linears in members.items():
+            selection = Selection(choice.selection, choice.threshold)
+            members.setdefault((choice.sparsity, choice.basis, choice.kind == HEAD, selection), []).append(linear)
+        for (sparsity, basis, is_head, selection), linears in members.items():
             part = ActivationGroup(tuple(linears))
             kept = kept_features(sparsity, group.features)
             seen = reader if basis is not None and not is_head else None
             lookups = _lookups(linears, facts) if is_head and share_tables else ()
-            sites.append(Site(part, seen, sparsity, kept, basis, lookups))
+            chosen_by = gate if selection.rule == GATE else None
+            sites.append(Site(part, seen, sparsity, kept, basis, lookups, selection, chosen_by))
     bases: dict[Node, Basis] = {}
     changes: list[BasisChange] = []
     tables = {node: site.basis for site in sites for node in site.lookups}
@@ -121,11 +141,15 @@ def make_plan(facts: GraphFacts, choices: Mapping[str, SiteChoice], share_tables
     return Plan(facts, tuple(sites), bases, tuple(changes), tuple(refusals))
 
 
-def _refuse(linear: Linear, choice: SiteChoice | None, reader: StreamReader | None, facts: GraphFacts) -> str | None:
+def _refuse(
+    linear: Linear, choice: SiteChoice | None, reader: StreamReader | None, gate: Gate | None, facts: GraphFacts
+) -> str | None:
     if choice is None:
         return _NO_SITE if linear.path in facts.feeding_streams else _NOT_IN_A_BLOCK
     if choice.basis is not None and reader is None and choice.kind != HEAD:
         return f"the recipe rotates its input to basis '{choice.basis}', but in this graph it reads no residual stream"
+    if choice.selection == GATE and gate is None:
+        return "the recipe chooses by the gate of its input, but in this graph its input is no gated product"
     fake = value(linear.product)
     assert fake is not None
     return refusal_reason(fake.device, fake.dtype)

@@ -36,7 +36,7 @@ def calibrate(batches: Any = BATCHES, **arguments: Any) -> Callable[[], object]:
 CASES: list[tuple[Callable[[], object], str, str]] = [
     # what is called, what was given, what is allowed
     (lambda: Config.from_options([("recipe", "r")]), "list", "must be a mapping"),  # type: ignore[arg-type]
-    (options(sparsty=0.5), "'sparsty'", "expected one of 'calibration_tokens', 'dump', 'lowering', 'recipe', "),
+    (options(sparsty=0.5), "'sparsty'", "expected one of 'calibration_tokens', 'dump', 'lowering', 'method', "),
     (options(rotation="none"), "'rotation'", "'release_originals', 'self_check', 'sparsity'"),
     (options(recipe=3), "3", "must be a Recipe, the path of a recipe file, or None"),
     (options(recipe=""), "''", "must be a Recipe, the path of a recipe file, or None"),
@@ -50,6 +50,7 @@ CASES: list[tuple[Callable[[], object], str, str]] = [
     (options(sparsity=True), "True", "must lie in [0, 1)"),
     (options(sparsity=float("nan")), "nan", "must lie in [0, 1)"),
     (options(weights="int3"), "'int3'", "must be one of 'model', 'int8', 'int4'"),
+    (options(method="wanda"), "'wanda'", "must be one of 'larosa', 'teal', 'cats', 'dense'"),
     (options(calibration_tokens=-1), "-1", "a whole number, at least 0"),
     (options(calibration_tokens=8192.0), "8192.0", "a whole number, at least 0"),
     (options(calibration_tokens=None), "None", "a whole number, at least 0"),
@@ -68,6 +69,11 @@ CASES: list[tuple[Callable[[], object], str, str]] = [
     (calibrate(context=10.5), "10.5", "a whole number, at least 1"),
     (calibrate(rotation="row"), "'row'", "'auto', 'layer', 'model', 'none' or a number of layers from 1 up"),
     (calibrate(rotation=0), "0", "'auto', 'layer', 'model', 'none' or a number of layers from 1 up"),
+    (calibrate(method="wanda"), "'wanda'", "must be one of 'larosa', 'teal', 'cats'"),
+    (calibrate(selection="random"), "'random'", "must be 'top-k', 'threshold', 'relative' or None"),
+    (calibrate(method="cats", selection="top-k"), "'top-k'", "selection for method 'cats' must be 'gate' or None"),
+    (calibrate(method="teal", rotation="layer"), "'layer'", "must be 'none' or None"),
+    (calibrate(method="cats", search=BATCHES), "held-out text", "must be None"),
     (calibrate(coefficients=0.8), "0.8", "an allocation.Coefficients or None"),
     (lambda: Coefficients(readers=-1), "'readers'", "at least 0, got -1"),
     (lambda: Coefficients(heads=float("inf")), "'heads'", "at least 0, got inf"),

@@ -232,6 +232,8 @@ def test_fits_over_the_points_of_larosa() -> None:
         (kernels, ["--rows", "0"], "at least 1, got '0'"),
         (perplexity, ["--windows", "1"], "--windows must be at least 2, for an error to be known, got 1"),
         (perplexity, ["--weights", "int3"], "invalid choice"),
+        (perplexity, ["--methods", "wanda"], "invalid choice"),
+        (perplexity, ["--protocols", "half"], "invalid choice"),
         (decode, ["--variants", "jax"], "invalid choice"),
         (decode, ["--sparsities", "half"], "a sparsity lies in [0, 1), got 'half'"),
         (decode, ["--tokens", "128"], "--tokens must be below 128"),

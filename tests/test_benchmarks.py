@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import larosa_compile
-from benchmarks import demo, measure, online
+from benchmarks import demo, measure, methods, online
+from benchmarks import perplexity as table
 from larosa_compile import decoding, machine
 from larosa_compile.decoding import Spread
 from larosa_compile.evaluation import next_token_losses, perplexity
@@ -145,3 +146,42 @@ def test_online_compares_recipes_of_equal_tokens(monkeypatch: pytest.MonkeyPatch
     assert learnt["over_explicit"] == learnt["ppl"] / explicit["ppl"] - 1
     with simulated(model, larosa_compile.recipe_of(model)):
         assert explicit["ppl"] == pytest.approx(perplexity(next_token_losses(model, held_out)), rel=1e-4)
+
+
+def test_methods_are_compared_at_equal_bytes_and_under_each_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = torch.compile
+    monkeypatch.setattr(table.torch, "compile", lambda model, **kw: eager(model, **_eager(kw)))
+    model, ids = tiny_model("llama", num_hidden_layers=1), [token_ids(2, 64, seed) for seed in range(2)]
+    recipes, held_out = methods.Recipes(model, ids), table.Tokens([token_ids(1, 24, seed) for seed in (5, 6)])
+    arguments = table.parsed(["--methods", "teal", "larosa", "--sparsities", "0.4", "--equal-bytes"])
+    runs = table.planned(arguments, recipes)
+    assert recipes.equal_bytes("teal", 0.96) is None
+    assert [(run.method, run.place) for run in runs] == [("larosa", 0.4), ("teal", 0.4)]
+    more = methods.Run("larosa", "model", 0.4, "decode")
+    dense, dense_decode, larosa, teal, decode = table.measured(model, recipes.of, [*runs, more], held_out)
+    torch._dynamo.reset()
+    assert abs(teal["bytes_skipped_share"] - larosa["bytes_skipped_share"]) < 0.03
+    assert teal["sparsity"] < larosa["sparsity"] and "loss_over_dense_error" in teal and "loss_over_larosa" in teal
+    assert dense["losses"] == next_token_losses(model, held_out.windows)
+    # of a sparse model's losses the second half alone, behind a cache that is dense
+    assert dense_decode["losses"] == pytest.approx(
+        next_token_losses(model, held_out.windows, counted_from=12), rel=1e-5
+    )
+    assert decode["losses"] != dense_decode["losses"] != dense["losses"]
+    assert [record["protocol"] for record in (dense, dense_decode, larosa, teal, decode)] == [
+        *("all", "decode", "all", "all", "decode")
+    ]
+    described = {"model": "tiny", "tokens": 48, "text": "ids", "calibration": "ids"}
+    made = table.table([described | record for record in (dense, larosa, teal)])
+    assert made.row_count == 3 and [column.header for column in made.columns][-1] == "over larosa"
+    assert "protocol all" in str(made.title) and "bits/byte" not in {column.header for column in made.columns}
+
+
+def test_bits_per_byte() -> None:
+    """Of the tokens whose prediction counts: here two bytes each, and the first half of four is not predicted."""
+    tokenizer = SimpleNamespace(decode=lambda tokens: "é" * len(tokens))
+    tokens = table.Tokens([token_ids(1, 8), token_ids(1, 8)], tokenizer)
+    nats = 2 * 0.6931471805599453
+    assert tokens.bits_per_byte([nats, nats], "all") == pytest.approx(1)
+    assert tokens.bits_per_byte([nats, 3 * nats], "decode") == pytest.approx(2)
+    assert table.Tokens([token_ids(1, 8)]).bits_per_byte([nats], "all") is None

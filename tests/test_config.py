@@ -9,7 +9,8 @@ import pytest
 
 from larosa_compile.config import Config
 from larosa_compile.errors import OptionError, RecipeError
-from larosa_compile.recipe import Recipe, SiteRecipe
+from larosa_compile.recipe import Recipe
+from larosa_compile.site import SiteRecipe
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +69,7 @@ def test_dump_variable_is_the_default_only(monkeypatch: pytest.MonkeyPatch, tmp_
     [
         (
             {"lowring": "eager"},
-            "unknown option 'lowring'; expected one of 'calibration_tokens', 'dump', 'lowering', 'recipe', "
+            "unknown option 'lowring'; expected one of 'calibration_tokens', 'dump', 'lowering', 'method', 'recipe', "
             "'release_originals', 'self_check', 'sparsity', 'weights'; did you mean 'lowering'",
         ),
         (

@@ -40,7 +40,7 @@ def kernels_in(code: str) -> int:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_row_streams_the_kept_rows(dtype: torch.dtype) -> None:
-    features, ks = 101, (1, 40, 101)
+    features, ks = 101, (1, 40, 101, None)
     weight_t = torch.randn(features, 333).to(dtype)
 
     def fn(x: Tensor, weight_t: Tensor) -> list[Tensor]:
@@ -82,7 +82,7 @@ def test_column_splits_with_tails(columns: int) -> None:
 @pytest.mark.parametrize(("dtype", "rows"), [(torch.bfloat16, 3), (torch.float16, 2), (torch.float32, 8)])
 def test_a_few_rows_share_one_pass_over_the_weight(dtype: torch.dtype, rows: int) -> None:
     """Each row with its own selection, special rows among them, over columns that fill no vector; with an epilogue."""
-    features, columns, ks = 101, 205, (1, 40, 101)
+    features, columns, ks = 101, 205, (1, 40, 101, None)
     weight_t, r = torch.randn(features, columns).to(dtype), torch.randn(rows, columns).to(dtype)
     special = torch.cat([row for name, row in special_rows(features, dtype).items() if name != "infinity"])
 
@@ -92,7 +92,7 @@ def test_a_few_rows_share_one_pass_over_the_weight(dtype: torch.dtype, rows: int
 
     compiled = torch.compile(fn)
     _, codes = run_and_get_code(compiled, torch.ones(rows, features, dtype=dtype), weight_t, r)
-    assert "larosa_sparse_gemv" in codes[0] and "extern_kernels." not in codes[0] and kernels_in(codes[0]) == 4
+    assert "larosa_sparse_gemv" in codes[0] and "extern_kernels." not in codes[0] and kernels_in(codes[0]) == 5
     for x in (torch.randn(rows, features).to(dtype), special.repeat(2, 1)[:rows], special[-rows:].repeat(2, 1)[:rows]):
         *products, activated = compiled(x, weight_t, r)
         for k, y in zip(ks, products, strict=True):

@@ -15,12 +15,31 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.sparsify, (x.t(), 2))
     torch.library.opcheck(ops.sparse_linear, (x, weight_t, 5))
     torch.library.opcheck(ops.sparse_linear, (x, weight_t, 16))
+    torch.library.opcheck(ops.sparse_linear, (x, weight_t, None))
+    torch.library.opcheck(ops.keep_above, (x, 0.5, True))
+    torch.library.opcheck(ops.keep_above, (x.t(), 0.5, False))
 
 
 def test_eager_is_the_reference() -> None:
     x, weight_t = torch.randn(4, 32), torch.randn(32, 9)
     assert torch.equal(ops.sparsify(x, 7), reference.sparsify(x, 7))
     assert torch.equal(ops.sparse_linear(x, weight_t, 7), reference.sparse_linear(x, weight_t, 7))
+
+
+def test_a_threshold_keeps_what_reaches_it() -> None:
+    x = torch.tensor([[3.0, -2.0, 1.0, float("nan")], [0.0, -0.0, 0.0, 0.0]])
+    assert torch.equal(ops.keep_above(x, 2.0, False).nan_to_num(9.0), torch.tensor([[3.0, -2.0, 0, 9], [0, 0, 0, 0]]))
+    assert torch.equal(ops.keep_above(x, 0.0, False).nan_to_num(9.0), x.nan_to_num(9.0))
+    # root mean square 5: what is kept does not change with the scale of the row
+    x = torch.tensor([[7.0, -1.0]])
+    for scale in (1.0, 1e-3):
+        assert torch.equal(ops.keep_above(x * scale, 0.5, True), torch.tensor([[7.0, 0.0]]) * scale)
+    assert torch.equal(ops.keep_above(torch.zeros(1, 4), 0.5, True), torch.zeros(1, 4))
+
+
+def test_nothing_is_selected_where_k_is_none() -> None:
+    x, weight_t = torch.randn(4, 32), torch.randn(32, 9)
+    assert torch.equal(ops.sparse_linear(x, weight_t, None), x @ weight_t)
 
 
 def test_k_equal_to_features_is_dense() -> None:

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from larosa_compile.errors import LarosaError, RecipeError, RecipeMismatchError
-from larosa_compile.recipe import Recipe, SiteRecipe
+from larosa_compile.recipe import Recipe
+from larosa_compile.site import SiteRecipe
 
 D = 8
 Q_PROJ, DOWN = "layers.0.q_proj.weight", "layers.0.down_proj.weight"
@@ -245,7 +246,7 @@ def forge(path: Path, *, rotation: Tensor | None = None, **metadata: str) -> Non
 @pytest.mark.parametrize(
     ("forgery", "reason"),
     [
-        ({"schema": "1"}, "has recipe schema '1', this version reads '2' and '3'; upgrade"),
+        ({"schema": "1"}, "has recipe schema '1', this version reads '2', '3', '4'; upgrade"),
         ({"digest": "0" * 64}, "is damaged: its contents have digest"),
         ({"rotation": orthogonal(seed=1)}, "is damaged: its contents have digest"),
         ({"rotation": orthogonal() * math.nan}, "holds an invalid recipe: rotation 'layer.0' must be finite"),

@@ -40,8 +40,13 @@ class Case:
 Cases = dict[Any, list[Case]]
 
 
-def _product(x: Tensor, weight_t: Tensor, *, k: int) -> Tensor:
+def _product(x: Tensor, weight_t: Tensor, *, k: int | None) -> Tensor:
     return ops.sparse_linear(x, weight_t, k)
+
+
+def _above(x: Tensor, weight_t: Tensor) -> tuple[Tensor, Tensor]:
+    kept = ops.keep_above(x, 0.9, True)
+    return kept, ops.sparse_linear(kept, weight_t, None)
 
 
 def _kept(x: Tensor, *, k: int) -> Tensor:
@@ -89,6 +94,7 @@ def _functions() -> dict[Any, tuple[Callable[..., Any], list[tuple[Tensor, ...]]
         rows, weight_t = torch.cat(list(special_rows(101, dtype).values())), torch.randn(101, 333).to(dtype)
         both = rows[:1].clone()
         both[0, 9], both[0, 70] = float("inf"), float("nan")
+        made["above", dtype] = _above, [(torch.randn(1, 101).to(dtype), weight_t)]
         made["all kept", dtype] = product(101), [(rows[:1], weight_t)]
         made["kept", dtype] = kept(40), [(rows,)]
         made["one kept", dtype] = kept(1), [(torch.cat([rows, both]),)]
@@ -106,6 +112,7 @@ def _functions() -> dict[Any, tuple[Callable[..., Any], list[tuple[Tensor, ...]]
         product(K),
         [(row, torch.where(reference.sparsify(row, K).T == 0, float("nan"), weight_t)) for row in (x, few)],
     )
+    made["zeros unread"] = product(None), [(few, torch.where(few.T == 0, float("nan"), weight_t))]
     made["many rows"] = product(K), [(torch.randn(3, IN).bfloat16(), weight_t)]
     made["many rows, all kept"] = product(IN), [(torch.randn(3, IN).bfloat16(), weight_t)]
     return made
@@ -143,6 +150,17 @@ def test_rows_of_dropped_inputs_and_of_zeros_are_not_read(cases: Cases) -> None:
         x, weight_t = case.inputs
         assert weight_t.isnan().any()
         assert_is_product(case.results[0], x, weight_t.nan_to_num(0.0), K)
+    (case,) = cases["zeros unread"]
+    assert_is_product(case.results[0], case.inputs[0], case.inputs[1].nan_to_num(0.0), None)
+
+
+@pytest.mark.parametrize("dtype", WIDTHS)
+def test_what_is_above_a_threshold(cases: Cases, dtype: torch.dtype) -> None:
+    (case,) = cases["above", dtype]
+    kept, product = case.results
+    assert len(case.program.templates) == 1
+    torch.testing.assert_close(kept, reference.keep_above(case.inputs[0], 0.9, True), rtol=0, atol=0)
+    assert_is_product(product, kept, case.inputs[1], None)
 
 
 @pytest.mark.parametrize("dtype", WIDTHS)

@@ -10,7 +10,9 @@ import typer
 from larosa_compile.cli.options import (
     Device,
     DtypeOption,
+    Method,
     Model,
+    Selection,
     Weights,
     existing_files,
     sparsity_in_range,
@@ -21,8 +23,12 @@ if TYPE_CHECKING:
     from larosa_compile.allocation import Rotation
 
 
-def _known_rotation(value: str) -> str:
-    if value not in ("auto", "layer", "model", "none") and not (value.isdecimal() and int(value) > 0):
+def _known_rotation(value: str | None) -> str | None:
+    if (
+        value is not None
+        and value not in ("auto", "layer", "model", "none")
+        and not (value.isdecimal() and int(value) > 0)
+    ):
         raise typer.BadParameter(f"it must be auto, layer, model, none or a number of layers from 1 up, got {value!r}")
     return value
 
@@ -45,12 +51,20 @@ def calibrate(
     sparsity: Annotated[
         float, typer.Option("--sparsity", callback=sparsity_in_range, help="Nominal share of activations to drop.")
     ] = 0.5,
+    method: Annotated[Method, typer.Option("--method", help="What chooses the sites, and what they keep.")] = "larosa",
+    selection: Annotated[
+        Selection | None,
+        typer.Option("--selection", help="How a site chooses what it keeps; by default as its method does."),
+    ] = None,
     rotation: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--rotation", metavar="auto|layer|model|N|none", callback=_known_rotation, help="Layers per basis."
+            "--rotation",
+            metavar="auto|layer|model|N|none",
+            callback=_known_rotation,
+            help="Layers per basis; by default layer, and none for methods that do not rotate.",
         ),
-    ] = "layer",
+    ] = None,
     weights: Annotated[
         Weights, typer.Option("--weights", help="Format that compiled weights are read in; model: the model's dtype.")
     ] = "model",
@@ -75,10 +89,15 @@ def calibrate(
     length = min(window_length(loaded, context), tokens)
     source = "--text" if dataset is None else f"--dataset {dataset!r}"
     windows = windows_of(texts, tokenizer, length, math.ceil(tokens / length), source)
-    layers: Rotation = int(rotation) if rotation.isdecimal() else rotation  # type: ignore[assignment]
+    layers: Rotation | None = int(rotation) if rotation and rotation.isdecimal() else rotation  # type: ignore[assignment]
     start = time.perf_counter()
     recipe = larosa_compile.calibrate(
-        loaded, [window.to(loaded.device) for window in windows], sparsity, rotation=layers
+        loaded,
+        [window.to(loaded.device) for window in windows],
+        sparsity,
+        method=method,
+        selection=selection,
+        rotation=layers,
     )
     recipe.with_weights(weights).save(output)
     measured = sum(window.numel() for window in windows)

@@ -29,15 +29,23 @@ def inspect(
         f"{recipe}: a recipe at nominal sparsity {found['sparsity']:g}, {found['file_bytes'] / 1e6:.1f} MB\n"
         f"digest      {found['digest']}\n"
         f"model       {found['parameters']} names of parameters\n"
+        f"method      {found['method']}\n"
         f"weights     {found['weights']}\n"
         f"bases       {_bases(found['bases'])}"
     )
     for key, value in found["calibration"].items():
         said = ", ".join(f"{name} {number}" for name, number in value.items()) if isinstance(value, dict) else value
         typer.echo(f"{key:11} {said}")
-    sites = table("kind of site", "sites", "sparsity", "coefficient", "in a rotated basis")
+    sites = table("kind of site", "sites", "sparsity", "coefficient", "chosen by", "in a rotated basis")
     for kind, row in found["kinds"].items():
-        sites.add_row(kind, str(row["sites"]), _range(row["sparsity"]), _range(row["coefficient"]), str(row["rotated"]))
+        sites.add_row(
+            kind,
+            str(row["sites"]),
+            _range(row["sparsity"]),
+            _range(row["coefficient"]),
+            ", ".join(row["selections"]),
+            str(row["rotated"]),
+        )
     print_table(sites)
 
 
@@ -51,11 +59,13 @@ def summary(recipe: "Recipe") -> dict[str, Any]:
             "sites": len(sites),
             "sparsity": [min(sparsities), max(sparsities)],
             "coefficient": [min(coefficients), max(coefficients)],
+            "selections": sorted({site.selection for site in sites}),
             "rotated": sum(site.basis is not None for site in sites),
         }
     return {
         "digest": recipe.digest,
         "sparsity": recipe.sparsity,
+        "method": recipe.method,
         "weights": recipe.weights,
         "sites": len(recipe.sites),
         "kinds": kinds,

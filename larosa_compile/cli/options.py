@@ -7,6 +7,8 @@ import typer
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Weights = Literal["model", "int8", "int4"]
+Method = Literal["larosa", "teal", "cats"]
+Selection = Literal["top-k", "threshold", "relative", "gate"]
 
 
 def sparsity_in_range(value: float | None) -> float | None:

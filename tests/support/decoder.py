@@ -16,6 +16,8 @@ class Choice:
     sparsity: float = 0.0
     basis: str | None = None
     kind: str = "other"
+    selection: str = "top-k"
+    threshold: float = 0.0
 
 
 class RMSNorm(nn.Module):

@@ -6,9 +6,9 @@ from torch import Tensor
 from larosa_compile.kernels import reference
 
 
-def assert_is_product(y: Tensor, x: Tensor, weight_t: Tensor, k: int) -> None:
-    """`y` is the product of the kept entries, within one rounding of `y` and those of a float32 sum."""
-    kept, weight = reference.sparsify(x, k).double(), weight_t.double()
+def assert_is_product(y: Tensor, x: Tensor, weight_t: Tensor, k: int | None) -> None:
+    """`y` is the product of the kept entries, all for None, within one rounding of `y` and those of a float32 sum."""
+    kept, weight = (x if k is None else reference.sparsify(x, k)).double(), weight_t.double()
     expected = kept @ weight
     out, acc = torch.finfo(y.dtype), torch.finfo(torch.float32)
     terms = int((kept != 0).sum(dim=-1).max())

@@ -1,4 +1,4 @@
-"""LaRoSA as an eager simulation on a decoder of transformers: `x → x Q → Top-K → Qᵀ → dense linear`.
+"""The methods as an eager simulation on a decoder of transformers: `x → x Q → selection → Qᵀ → dense linear`.
 
 Independent of the package: module hooks, torch.topk and the recipe's numbers. This file may know module names.
 """
@@ -18,12 +18,19 @@ def keep_largest(x: Tensor, k: int) -> Tensor:
     return torch.where(magnitude >= threshold, x, torch.zeros_like(x))
 
 
-def sparse_input(x: Tensor, sparsity: float, scale: Tensor | None = None, rotation: Tensor | None = None) -> Tensor:
+def selected(x: Tensor, site: Any) -> Tensor:
+    """What a site keeps of x [..., features], in its basis."""
+    if site.selection == "top-k":
+        return keep_largest(x, max(1, round((1 - site.sparsity) * x.shape[-1])))
+    lowest = site.threshold * (x.square().mean(-1, keepdim=True).sqrt() if site.selection == "relative" else 1)
+    return x * (x.abs() >= lowest)
+
+
+def sparse_input(x: Tensor, site: Any, scale: Tensor | None = None, rotation: Tensor | None = None) -> Tensor:
     """What a linear sees under the method; x [..., features], after the norm's scale."""
-    k = max(1, round((1 - sparsity) * x.shape[-1]))
     z = x if scale is None else x / scale
     z = z if rotation is None else z @ rotation.to(x.dtype)
-    z = keep_largest(z, k)
+    z = selected(z, site)
     z = z if rotation is None else z @ rotation.to(x.dtype).T
     return z if scale is None else z * scale
 
@@ -38,6 +45,10 @@ def simulated(model: torch.nn.Module, recipe: Any) -> Iterator[torch.nn.Module]:
         site = recipe.sites.get(paths.get(id(module.weight))) if isinstance(module, torch.nn.Linear) else None
         if site is None:
             continue
+        if site.selection == "gate":
+            act = model.get_submodule(name.rsplit(".", 1)[0]).act_fn
+            handles.append(act.register_forward_hook(lambda *given, site=site: selected(given[-1], site)))
+            continue
         rotation = recipe.rotations[site.basis] if site.basis is not None else None
         scale = None
         if rotation is not None and site.kind != "head":
@@ -48,11 +59,11 @@ def simulated(model: torch.nn.Module, recipe: Any) -> Iterator[torch.nn.Module]:
         def hook(
             _: torch.nn.Module,
             inputs: tuple[Tensor, ...],
-            sparsity: float = site.sparsity,
+            site: Any = site,
             scale: Tensor | None = scale,
             rotation: Tensor | None = rotation,
         ) -> tuple[Tensor]:
-            return (sparse_input(inputs[0], sparsity, scale, rotation),)
+            return (sparse_input(inputs[0], site, scale, rotation),)
 
         handles.append(module.register_forward_pre_hook(hook))
     try:

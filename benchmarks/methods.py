@@ -1,0 +1,107 @@
+"""The recipes that `benchmarks.perplexity` compares: one calibration a method, thresholds measured at each sparsity."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import larosa_compile
+from larosa_compile.passes.plan import kept_features
+from larosa_compile.passes.selection import TOP_K
+from larosa_compile.recipe import Recipe
+from larosa_compile.report import GraphReport
+from larosa_compile.thresholds import with_thresholds
+
+METHODS: dict[str, dict[str, str]] = {
+    "larosa": {},
+    "larosa-threshold": {"selection": "threshold"},
+    "larosa-relative": {"selection": "relative"},
+    "magnitude": {"rotation": "none"},
+    "magnitude-relative": {"rotation": "none", "selection": "relative"},
+    "teal": {"method": "teal"},
+    "teal-greedy": {"method": "teal"},
+    "cats": {"method": "cats"},
+}
+"""Name -> arguments of `calibrate`; magnitude has the sites of larosa, not rotated, and greedy chooses besides."""
+
+STEPS = 30
+"""Of a bisection for a sparsity."""
+
+MOST = 0.95
+"""The nominal sparsity that such a bisection goes up to."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A method of choosing what to drop, a format of weights, a nominal sparsity, a protocol.
+
+    place: the sparsity that was asked for, where bytes are made equal to those that larosa skips there.
+    """
+
+    method: str
+    weights: str
+    sparsity: float
+    protocol: str = "all"
+    place: float | None = None
+
+
+@dataclass
+class Recipes:
+    """Recipes of one model, learnt from the same token ids; a calibration is made when it is first asked for."""
+
+    model: PreTrainedModel
+    learnt: list[torch.Tensor]
+    rotation: str = "layer"
+    _made: dict[str, Recipe] = field(default_factory=dict)
+    _reports: dict[str, GraphReport] = field(default_factory=dict)
+
+    def of(self, run: Run) -> Recipe:
+        """The recipe of a run, thresholds measured at its sparsity."""
+        calibrated = self._calibrated(run.method)
+        recipe = calibrated.with_sparsity(run.sparsity)
+        if promises_an_average(recipe) and recipe.sparsity != calibrated.sparsity:
+            recipe = with_thresholds(self.model, recipe, self.learnt)
+        return recipe.with_weights(run.weights)
+
+    def equal_bytes(self, method: str, share: float) -> float | None:
+        """The nominal sparsity at which a method skips this share of the linear weight bytes; None if it never does.
+
+        As far as a recipe promises: thresholds keep their share on average.
+        """
+        recipe = self._calibrated(method)
+        if self.promised(method, recipe.with_sparsity(MOST)) < share:
+            return None
+        low, high = 0.0, MOST
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            skipped = self.promised(method, recipe.with_sparsity(middle))
+            low, high = (middle, high) if skipped < share else (low, middle)
+        return high
+
+    def promised(self, method: str, recipe: Recipe) -> float:
+        """The share of linear weight bytes that a recipe of a method skips, weights in the model's dtype."""
+        if method not in self._reports:
+            self._reports[method] = larosa_compile.explain(self.model, recipe=recipe).graphs[0]
+        report = self._reports[method]
+        shares = {
+            site.paths[0]: kept_features(recipe.sites[site.paths[0]].sparsity, site.features) / site.features
+            for site in report.sites
+        }
+        return report.with_shares(shares).bytes_skipped_share
+
+    def _calibrated(self, method: str) -> Recipe:
+        if method not in self._made:
+            rotates = METHODS[method].keys().isdisjoint({"rotation", "method"})
+            arguments: Any = {"rotation": self.rotation} if rotates else {}
+            if method.endswith("-greedy"):
+                arguments["search"] = self.learnt[:1]
+            self._made[method] = larosa_compile.calibrate(
+                self.model, self.learnt, sparsity=0.5, **(METHODS[method] | arguments)
+            )
+        return self._made[method]
+
+
+def promises_an_average(recipe: Recipe) -> bool:
+    """Whether a site of a recipe keeps what it does on average only."""
+    return any(site.selection != TOP_K for site in recipe.sites.values())
