@@ -1,8 +1,9 @@
 """`calibrate`: a model and some text in, a recipe out."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import transformers
@@ -10,7 +11,8 @@ from torch import Tensor
 
 import larosa_compile
 from larosa_compile import registry
-from larosa_compile.allocation import Coefficients, Rotation, allocate, check_rotation
+from larosa_compile.allocation import Coefficients, Rotation, check_rotation
+from larosa_compile.allocation import allocate as allocated
 from larosa_compile.arguments import checked_count, checked_sparsity
 from larosa_compile.capture import Boxed, Captured, boxed, capture, check_has_values, compile_alone
 from larosa_compile.errors import InferenceOnlyError, OptionError, RecipeError
@@ -23,6 +25,8 @@ from larosa_compile.released import check_not_released
 
 Batches = str | Iterable[str] | Iterable[Tensor]
 """Token ids `[batch, tokens]` or `[tokens]`, or texts, for which a tokenizer is needed."""
+
+Allocation = Literal["paper", "search"]
 
 
 class Tokenizer(Protocol):
@@ -40,7 +44,9 @@ def calibrate(
     context: int = 1024,
     rotation: Rotation = "layer",
     coefficients: Coefficients | None = None,
+    allocate: Allocation = "paper",
     search: Batches | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Recipe:
     """Measures a model on some text; the recipe is also remembered for a bare `torch.compile` of that model.
@@ -57,7 +63,11 @@ def calibrate(
         rotation: "layer" (the paper's: one basis a layer), "model", a number of layers a basis, "none", or "auto": as
             few layers a basis as keep residual adapters below 5 % of the weight bytes read inside blocks.
         coefficients: site sparsity per unit of nominal sparsity by kind; the paper's values by default.
-        search: held-out batches to choose the coefficients on instead (paper: Algorithm 1, one pair per kind).
+        allocate: how sparsity is split. "paper": by kind, with these coefficients, or where there is held-out text
+            with the pair that is best on it (Algorithm 1). "search": each site its own, at the bytes that the
+            coefficients would read, from what a byte at each costs at the model's output.
+        search: held-out batches to choose on; not those that were calibrated on.
+        resume: a file that allocate="search" writes after each of its rounds, and goes on from where it is there.
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -82,6 +92,17 @@ def calibrate(
         raise OptionError(
             f"coefficients must be an allocation.Coefficients or None, got {coefficients!r}; give such as "
             "Coefficients(readers=0.8, writers=1.2)"
+        )
+    if allocate not in get_args(Allocation):
+        raise OptionError(
+            f"allocate must be one of {', '.join(map(repr, get_args(Allocation)))}, got {allocate!r}; use one"
+        )
+    if allocate == "search" and search is None:
+        raise OptionError("allocate='search' needs held-out token ids or texts, got none; pass some as search=…")
+    if resume is not None and (allocate != "search" or not isinstance(resume, (str, os.PathLike))):
+        raise OptionError(
+            f"resume must be None, or the path of a file with allocate='search', got {resume!r} with {allocate!r}; "
+            "give both, or neither"
         )
     if tokenizer is not None and not callable(tokenizer):
         raise OptionError(f"tokenizer must be callable or None, got {type(tokenizer).__name__}; give the model's own")
@@ -108,7 +129,11 @@ def calibrate(
         bar.remove_task(eigen)
 
     recipe = Recipe(sparsity, sites, rotations, fingerprint(model), _provenance(ids, rotation), spectra)
-    if held_out is not None:
+    if held_out is not None and allocate == "search":
+        from larosa_compile.site_search import search_sites
+
+        recipe = search_sites(model, recipe, held_out, progress=progress, resume=resume)
+    elif held_out is not None:
         from larosa_compile.search import best_coefficients
 
         recipe = best_coefficients(model, recipe, held_out, progress=progress)
@@ -168,7 +193,7 @@ def _observing(
 
     def observe_graph(captured: Captured) -> Boxed:
         facts = facts_of(captured.graph, captured.fake_mode)
-        found = allocate(facts, sparsity, coefficients, rotation)
+        found = allocated(facts, sparsity, coefficients, rotation)
         sites.update(found)
         observe(facts, found, moments.add)
         module = captured.graph.module
@@ -181,16 +206,21 @@ def _observing(
 
 
 def _provenance(ids: list[Tensor], rotation: Rotation) -> dict[str, JSON]:
-    digest = hashlib.sha256()
-    for batch in ids:
-        digest.update(batch.cpu().to(torch.int64).numpy().tobytes())
     return {
         "tokens": sum(batch.numel() for batch in ids),
         "windows": sum(batch.shape[0] for batch in ids),
-        "text_digest": digest.hexdigest(),
+        "text_digest": text_digest(ids),
         "rotation": rotation,
         "versions": versions(),
     }
+
+
+def text_digest(batches: Sequence[Tensor]) -> str:
+    """Hex SHA-256 over token ids."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(batch.cpu().to(torch.int64).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, JSON]:

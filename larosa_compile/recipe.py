@@ -143,6 +143,10 @@ class Recipe:
         }
         return self._changed(sites=sites).with_sparsity(self.sparsity)
 
+    def with_sites(self, sites: Mapping[str, SiteRecipe], provenance: Mapping[str, JSON]) -> "Recipe":
+        """Return the recipe with other sparsities of its sites; `provenance`, where they come from, is added to its."""
+        return self._changed(sites=dict(sites), calibration={**self.calibration, **provenance})
+
     def with_weights(self, weights: str) -> "Recipe":
         """Return the recipe for weights in another format: "int8", "int4", or "model" for the model's own dtype.
 
