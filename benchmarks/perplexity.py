@@ -2,14 +2,15 @@
 
 Windows of `--context` tokens without overlap, all next-token losses, every token sparse, through the compiled graph.
 Calibration takes windows from the start of its text, evaluation from the middle of its own on, so that one text may
-serve both. ± is the standard error over windows of the paired difference to dense, in nats per token.
+serve both; `larosa-search` chooses at 50 % on the windows between. ± is the standard error over windows of the paired
+difference to dense, in nats per token.
 """
 
 import argparse
 import itertools
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from larosa_compile.evaluation import next_token_losses, perplexity
 from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import Recipe
 from larosa_compile.recipe_checks import WEIGHTS
+from larosa_compile.site_search import search_sites
 
-METHODS = ("magnitude", "larosa")
+METHODS = ("magnitude", "larosa", "larosa-search")
 SPARSITIES = (0.0, 0.25, 0.4, 0.5)
 
 out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
@@ -59,6 +61,12 @@ def main() -> None:
     found = texts[arguments.text]
     held_out = found[len(found) // 2 :][: arguments.windows]
     recipe = larosa_compile.calibrate(model, learnt, sparsity=0.5, rotation=arguments.rotation)
+    recipes = {}
+    if "larosa-search" in arguments.methods:
+        start = arguments.calibration_windows
+        unseen = texts[arguments.calibration][: len(texts[arguments.calibration]) // 2]
+        searched = unseen[start : start + arguments.search_windows]
+        recipes["larosa-search"] = search_sites(model, recipe, searched, resume=arguments.resume)
     runs = [Run(*run) for run in itertools.product(arguments.methods, arguments.weights, arguments.sparsities)]
     described = {
         "model": arguments.model,
@@ -69,7 +77,7 @@ def main() -> None:
         "text": arguments.text,
     }
     records = []
-    for record in measured(model, recipe, runs, held_out):
+    for record in measured(model, recipe, runs, held_out, recipes):
         records.append(described | record)
         measure.write_so_far(arguments.json, meta, records)
     out.print(table(records))
@@ -82,9 +90,16 @@ def windows_of(name: str, tokenizer: Any, context: int) -> list[torch.Tensor]:
 
 
 def measured(
-    model: PreTrainedModel, recipe: Recipe, runs: Sequence[Run], held_out: list[torch.Tensor]
+    model: PreTrainedModel,
+    recipe: Recipe,
+    runs: Sequence[Run],
+    held_out: list[torch.Tensor],
+    recipes: Mapping[str, Recipe] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """A record of the dense model, then one of each run. `losses`: nats per token, by window."""
+    """A record of the dense model, then one of each run. `losses`: nats per token, by window.
+
+    recipes: of methods that have one of their own.
+    """
     with progress_bar(True) as bar:
         task = bar.add_task("perplexity", total=len(runs) + 1)
         dense = next_token_losses(model, held_out)
@@ -92,7 +107,7 @@ def measured(
         yield {"method": "dense", "weights": "model", "sparsity": 0.0} | _scores(dense, dense, 0.0)
         for run in runs:
             torch._dynamo.reset()
-            used = run.of(recipe)
+            used = run.of((recipes or {}).get(run.method, recipe))
             fast: Any = torch.compile(model, backend="larosa", options={"recipe": used, "self_check": False})
             losses = next_token_losses(fast, held_out)
             skipped = larosa_compile.explain(model, recipe=used).graphs[0].bytes_skipped_share
@@ -156,6 +171,8 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--context", type=measure.positive, default=1024)
     parser.add_argument("--windows", type=measure.positive, help="to evaluate on, at least 2 (default: 16)")
     parser.add_argument("--calibration-windows", type=measure.positive, help="(default: 24)")
+    parser.add_argument("--search-windows", type=measure.positive, default=24, help="for larosa-search (default: 24)")
+    parser.add_argument("--resume", type=Path, help="where the search of larosa-search writes how far it is")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--json", type=Path, help="write the records to this file, anew after every run")
     arguments = parser.parse_args(argv)
