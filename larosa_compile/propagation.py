@@ -5,8 +5,7 @@ sites at once, what dropping one more feature costs while every other site is sp
 boundary of the selection, with g the gradient at what the site reads. Taken over as many entries inside as outside, the
 curvature of the loss cancels. The gradient passes a selection straight through: with the selection held fixed, what
 changes upstream would reach the loss through kept entries alone, though it also moves entries over the boundary.
-Against finite differences the fixed selection was 4 to 6 times too small on a real model, and this one within a
-seventh.
+In a sketch on SmolLM2 a fixed selection gave a quarter to a sixth of what finite differences gave, this 0.9 to 1.1.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -100,7 +99,13 @@ class Propagation:
         return _divergence(dense, self.logits(ids, kept))[0]
 
     def marginals(self, ids: Tensor, kept: Mapping[str, int], dense: Tensor) -> tuple[float, dict[str, Marginal]]:
-        """The divergence as above, and what each site adds to it: one forward and one backward pass."""
+        """The divergence as above, and what each site adds to it: one forward and one backward pass.
+
+        Sites that the logits do not depend on are left out.
+
+        Raises:
+            OptionError: an operation of the model has no derivative.
+        """
         found: dict[str, Marginal] = {}
 
         def record(name: str, marginal: Marginal) -> None:
@@ -111,7 +116,13 @@ class Propagation:
             # not a view of it: made without gradients, that would be cut off
             logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
         divergence, gradient = _divergence(dense, logits.detach())
-        torch.autograd.grad(logits, self._anchor, gradient)
+        try:
+            torch.autograd.grad(logits, self._anchor, gradient)
+        except RuntimeError as error:
+            raise OptionError(
+                f"allocate='search' needs a model that can be differentiated, and this one cannot ({error}); use "
+                "allocate='paper'"
+            ) from error
         return divergence, found
 
     def _backend(self, graph: GraphModule, inputs: Sequence[Any]) -> Any:
@@ -143,7 +154,8 @@ class Propagation:
             inputs.clear()
             self._runs += 1
             with torch.set_grad_enabled(self._record is not None):
-                return _Run(module, names, self._select).run(*values, enable_io_processing=False)
+                interpreter = _Run(module, names, self._select, self._kept is not None)
+                return interpreter.run(*values, enable_io_processing=False)
 
         return boxed(run)
 
@@ -158,11 +170,17 @@ class Propagation:
 
 
 class _Run(Interpreter):
-    """Runs a rewritten graph with the selections of its named products left to `select`."""
+    """Runs a rewritten graph with the selections of its named products left to `select`; others drop, or do not."""
 
-    def __init__(self, module: GraphModule, names: Mapping[Node, str], select: Callable[[str, Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        module: GraphModule,
+        names: Mapping[Node, str],
+        select: Callable[[str, Tensor], Tensor],
+        drops: bool,
+    ) -> None:
         super().__init__(module)
-        self._names, self._select = names, select
+        self._names, self._select, self._drops = names, select, drops
 
     def run_node(self, n: Node) -> Any:
         self._node = n
@@ -173,6 +191,10 @@ class _Run(Interpreter):
             name = self._names.get(self._node)
             # what is no site is a rotation, which drops nothing
             return (args[0] if name is None else self._select(name, args[0])) @ args[1]
+        if target is ops.sparsify:
+            # what a stack of weights reads: its k is the recipe's, and the gradient passes it as it does the others
+            x = args[0]
+            return x + (target(*args) - x).detach() if self._drops else x
         if target is prims.convert_element_type.default:
             return args[0].to(args[1])  # the primitive has no derivative
         return super().call_function(target, args, kwargs)
@@ -206,7 +228,7 @@ class _StraightThrough(torch.autograd.Function):
         energy = (change.square().sum(dtype=torch.float64) * rows**2) / entries
         some = x[:: max(1, rows // PROFILED_ROWS)].double().abs().sort(-1, descending=True).values
         ctx.record(ctx.name, Marginal(float(slope), float(energy), some.square().mean(0)))
-        return gradient, torch.zeros((), device=gradient.device), None, None, None
+        return gradient, torch.zeros(()), None, None, None
 
 
 def _divergence(dense: Tensor, sparse: Tensor) -> tuple[float, Tensor]:

@@ -116,7 +116,9 @@ def search_sites(
         bar.update(task, completed=1 + state.round)
         while state.round < ROUNDS and state.step >= LAST_STEP and sites:
             squares = _measure(propagation, sites, state, measured)
-            kept = state.kept | spend(_offers(sites, state, squares), budget)
+            reached = {name: site for name, site in sites.items() if name in squares}
+            rest = sum(site.feature_bytes * state.kept[name] for name, site in sites.items() if name not in squares)
+            kept = state.kept | spend(_offers(reached, state, squares), budget - rest)
             found = score(kept)
             if found < state.best:
                 state.kept, state.best, state.step = kept, found, state.step * 0.7
@@ -141,11 +143,12 @@ def _measure(
     for ids in islice(cycle(measured), state.round * share, (state.round + 1) * share):
         _, found = propagation.marginals(ids, state.kept, propagation.logits(ids))
         sums = {name: sums[name] + marginal if name in sums else marginal for name, marginal in found.items()}
-    for name, site in sites.items():
+    reached = {name: site for name, site in sites.items() if name in sums}
+    for name, site in reached.items():
         near = _near(site, state.kept[name], sums[name].squares)
         state.slopes[name] = state.slopes.get(name, 0.0) + sums[name].slope / near
         state.energies[name] = state.energies.get(name, 0.0) + sums[name].energy / near
-    return {name: sums[name].squares for name in sites}
+    return {name: sums[name].squares for name in reached}
 
 
 def _near(site: PropagatedSite, kept: int, squares: Tensor) -> float:

@@ -113,3 +113,29 @@ def test_a_model_in_parts_is_refused(model: PreTrainedModel, recipe: Recipe) -> 
             Propagation(model, recipe, IDS)
     finally:
         cut.remove()
+
+
+def test_stacks_of_experts_drop_as_the_recipe_says_and_let_gradients_through() -> None:
+    torch._dynamo.reset()
+    experts = tiny_model("mixtral", num_hidden_layers=1, num_local_experts=2, num_experts_per_tok=1)
+    ids = token_ids(2, 16)
+    recipe = larosa_compile.calibrate(experts, [ids], 0.5, progress=False)
+    made = Propagation(experts, recipe, ids)
+    dense = made.logits(ids)
+    with torch.no_grad():
+        assert relative_error(dense, experts(ids).logits) < 1e-5
+    _, found = made.marginals(ids, own(made), dense)
+    assert found.keys() == made.sites.keys() and not any("experts" in name for name in found)
+
+
+def test_what_has_no_derivative_is_an_error_that_says_what_to_do(
+    propagation: Propagation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("derivative for aten::x is not implemented")
+
+    monkeypatch.setattr(torch.autograd, "grad", fails)
+    with pytest.raises(
+        OptionError, match=r"cannot \(derivative for aten::x is not implemented\); use allocate='paper'"
+    ):
+        propagation.marginals(IDS, own(propagation), propagation.logits(IDS))
