@@ -95,6 +95,7 @@ def search_sites(
     key = _key(recipe, held_out)
     with progress_bar(progress) as bar:
         task = bar.add_task("sparsity of sites", total=1 + ROUNDS)
+        state = _read(resume, key)
         propagation = Propagation(model, recipe, pieces[0])
         sites = {
             name: site
@@ -109,7 +110,6 @@ def search_sites(
             found = [propagation.divergence(ids, kept, logits) for ids, logits in zip(checked, dense, strict=True)]
             return sum(found) / len(found)
 
-        state = _read(resume, key)
         if state is None:
             first = score(start)
             state = _State(key, start, first, first, FIRST_STEP, 0, {}, {})
@@ -226,7 +226,11 @@ def _key(recipe: Recipe, held_out: Sequence[Tensor]) -> str:
 
 def _read(resume: str | os.PathLike[str] | None, key: str) -> _State | None:
     """The state that a search of the same recipe and text left, if there is a file."""
-    if resume is None or not Path(resume).exists():
+    if resume is None:
+        return None
+    if not Path(resume).absolute().parent.is_dir():
+        raise OptionError(f"cannot write {resume}: resume names a file in a folder that exists; give another")
+    if not Path(resume).exists():
         return None
     try:
         state = _State(**json.loads(Path(resume).read_text(encoding="utf-8")))

@@ -108,6 +108,8 @@ def test_a_search_goes_on_where_it_was_stopped(
     assert search_sites(model, paper, HELD_OUT, progress=False, resume=state).digest == found.digest
     with pytest.raises(OptionError, match="is of a search of another recipe or text, where one of this is allowed"):
         search_sites(model, paper, HELD_OUT[:3], progress=False, resume=state)
+    with pytest.raises(OptionError, match="names a file in a folder that exists; give another"):
+        search_sites(model, paper, HELD_OUT, progress=False, resume=tmp_path / "no" / "state.json")
     state.write_text("{}")
     with pytest.raises(OptionError, match="holds no state of a search"):
         search_sites(model, paper, HELD_OUT, progress=False, resume=state)
@@ -128,3 +130,8 @@ def test_calibrate_searches_and_remembers(
 def test_one_batch_is_too_few(model: PreTrainedModel, paper: Recipe) -> None:
     with pytest.raises(OptionError, match=r"at least two pieces of 512 tokens of held-out text.*got 1; pass more text"):
         search_sites(model, paper, HELD_OUT[:1], progress=False)
+
+
+def test_where_nothing_is_dropped_there_is_nothing_to_search(model: PreTrainedModel, paper: Recipe) -> None:
+    nothing = paper.with_sparsity(0)
+    assert search_sites(model, nothing, HELD_OUT[:2], progress=False).sites == nothing.sites
