@@ -1,6 +1,7 @@
 """The recipes that `benchmarks.perplexity` compares: one calibration a method, thresholds measured at each sparsity."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from larosa_compile.thresholds import with_thresholds
 
 METHODS: dict[str, dict[str, str]] = {
     "larosa": {},
+    "larosa-search": {"allocate": "search"},
+    "larosa-relative-search": {"allocate": "search", "selection": "relative"},
     "larosa-threshold": {"selection": "threshold"},
     "larosa-relative": {"selection": "relative"},
     "magnitude": {"rotation": "none"},
@@ -48,11 +51,16 @@ class Run:
 
 @dataclass
 class Recipes:
-    """Recipes of one model, learnt from the same token ids; a calibration is made when it is first asked for."""
+    """Recipes of one model, learnt from the same token ids; a calibration is made when it is first asked for.
+
+    searched: what sites' sparsities are chosen on, at 50 %. resume: where that search writes how far it is.
+    """
 
     model: PreTrainedModel
     learnt: list[torch.Tensor]
+    searched: list[torch.Tensor] = field(default_factory=list)
     rotation: str = "layer"
+    resume: Path | None = None
     _made: dict[str, Recipe] = field(default_factory=dict)
     _reports: dict[str, GraphReport] = field(default_factory=dict)
 
@@ -96,6 +104,8 @@ class Recipes:
             arguments: Any = {"rotation": self.rotation} if rotates else {}
             if method.endswith("-greedy"):
                 arguments["search"] = self.learnt[:1]
+            if "allocate" in METHODS[method]:
+                arguments |= {"search": self.searched, "resume": self.resume}
             self._made[method] = larosa_compile.calibrate(
                 self.model, self.learnt, sparsity=0.5, **(METHODS[method] | arguments)
             )

@@ -3,7 +3,8 @@
 Windows of `--context` tokens without overlap, through the compiled graph. Protocols: all (every token sparse, all
 next-token losses), first-dense (the first token of each window goes through the dense model, the others go on from its
 cache), decode (so does the first half, and losses of the second half count). Calibration takes windows from the start
-of its text, evaluation from the middle of its own on, so that one text may serve both.
+of its text, evaluation from the middle of its own on, so that one text may serve both; methods that end in `-search`
+choose at 50 % on the windows between.
 
 Bytes skipped are of all linear weights, rotations counted against them. Where thresholds select, which promise an
 average only, they are those of what was kept in the evaluated windows, counted. With `--equal-bytes` every method runs
@@ -81,7 +82,9 @@ def main() -> None:
     learnt = texts[arguments.calibration][: arguments.calibration_windows]
     found = texts[arguments.text]
     held_out = Tokens(found[len(found) // 2 :][: arguments.windows], tokenizer)
-    recipes = methods.Recipes(model, learnt, arguments.rotation)
+    between = texts[arguments.calibration][: len(texts[arguments.calibration]) // 2][arguments.calibration_windows :]
+    searched = between[: arguments.search_windows]
+    recipes = methods.Recipes(model, learnt, searched, arguments.rotation, arguments.resume)
     tokens = len(learnt) * arguments.context
     described = {
         "model": arguments.model,
@@ -230,6 +233,8 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--context", type=measure.positive, default=1024)
     parser.add_argument("--windows", type=measure.positive, help="to evaluate on, at least 2 (default: 16)")
     parser.add_argument("--calibration-windows", type=measure.positive, help="(default: 24)")
+    parser.add_argument("--search-windows", type=measure.positive, default=24, help="for larosa-search (default: 24)")
+    parser.add_argument("--resume", type=Path, help="where the search of larosa-search writes how far it is")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--json", type=Path, help="write the records to this file, anew after every run")
     arguments = parser.parse_args(argv)

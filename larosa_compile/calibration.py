@@ -1,6 +1,7 @@
 """`calibrate`: a model and some text in, a recipe out."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -10,13 +11,14 @@ from torch import Tensor
 
 import larosa_compile
 from larosa_compile import registry
-from larosa_compile.allocation import Coefficients, Rotation, allocate
+from larosa_compile.allocation import Coefficients, Rotation
+from larosa_compile.allocation import allocate as allocated
 from larosa_compile.arguments import checked_count, checked_sparsity
 from larosa_compile.block_search import greedy_allocation
 from larosa_compile.capture import Boxed, Captured, boxed, capture, check_has_values, compile_alone
 from larosa_compile.errors import InferenceOnlyError, OptionError, RecipeError
 from larosa_compile.fingerprint import fingerprint
-from larosa_compile.methods import GREEDY, GRID, Asked, asked
+from larosa_compile.methods import GREEDY, SITES, Allocation, Asked, asked
 from larosa_compile.moments import Moments, observe
 from larosa_compile.passes.pipeline import facts_of
 from larosa_compile.passes.selection import GATE, TOP_K
@@ -48,7 +50,9 @@ def calibrate(
     selection: str | None = None,
     rotation: Rotation | None = None,
     coefficients: Coefficients | None = None,
+    allocate: Allocation = "paper",
     search: Batches | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Recipe:
     """Measures a model on some text; the recipe is also remembered for a bare `torch.compile` of that model.
@@ -73,8 +77,12 @@ def calibrate(
             "layer" for larosa; the other methods have "none".
         coefficients: site sparsity per unit of nominal sparsity by kind; by default the paper's values for larosa, and
             1 for the others.
-        search: held-out batches to choose the coefficients on instead, as the method does. larosa: one pair by kind
-            (Algorithm 1). teal: greedy by block, one for each linear, on the first of these batches. cats: nothing.
+        allocate: how sparsity is split. "paper": with these coefficients, or where there is held-out text as the
+            method's paper chooses (larosa: the pair by kind that is best on it, Algorithm 1; teal: greedy by block, on
+            the first of these batches; cats: nothing to choose). "search": each site its own, at the bytes that the
+            coefficients would read, from what a byte at each costs at the model's output.
+        search: held-out batches to choose on; not those that were calibrated on.
+        resume: a file that allocate="search" writes after each of its rounds, and goes on from where it is there.
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -94,7 +102,12 @@ def calibrate(
         raise InferenceOnlyError("the model is in training mode; call model.eval() before calibrating it")
     sparsity = checked_sparsity("sparsity", sparsity)
     context = checked_count("context", context, least=1)
-    plan = asked(method, selection, rotation, coefficients, search is not None)
+    plan = asked(method, selection, rotation, coefficients, allocate, search is not None)
+    if resume is not None and (allocate != "search" or not isinstance(resume, (str, os.PathLike))):
+        raise OptionError(
+            f"resume must be None, or the path of a file with allocate='search', got {resume!r} with {allocate!r}; "
+            "give both, or neither"
+        )
     if tokenizer is not None and not callable(tokenizer):
         raise OptionError(f"tokenizer must be callable or None, got {type(tokenizer).__name__}; give the model's own")
     ids = list(token_batches(batches, tokenizer, context))
@@ -121,16 +134,35 @@ def calibrate(
         bar.remove_task(eigen)
 
     recipe = Recipe(sparsity, sites, rotations, fingerprint(model), _provenance(ids, plan), spectra, method=plan.method)
-    if held_out is not None and plan.search == GREEDY:
-        recipe = greedy_allocation(model, recipe, held_out[0], progress)
+    if held_out is not None:
+        recipe = _chosen_on(held_out, model, recipe, plan, progress, resume)
     if plan.selection != TOP_K:
         recipe = with_thresholds(model, recipe, ids, progress)
-    if held_out is not None and plan.search == GRID:
-        from larosa_compile.search import best_coefficients
-
-        recipe = best_coefficients(model, recipe, held_out, progress=progress)
     registry.remember_recipe(model, recipe)
     return recipe
+
+
+def _chosen_on(
+    held_out: list[Tensor],
+    model: torch.nn.Module,
+    recipe: Recipe,
+    plan: Asked,
+    progress: bool,
+    resume: str | os.PathLike[str] | None,
+) -> Recipe:
+    """The recipe with its sparsity split as was asked for. A way that runs the compiled model is imported when it does."""
+    if plan.search == GREEDY:
+        return greedy_allocation(model, recipe, held_out[0], progress)
+    from larosa_compile.search import best_coefficients
+    from larosa_compile.site_search import search_sites
+
+    # thresholds are measured at the sparsities that are chosen here
+    exact = recipe.with_selection(TOP_K)
+    if plan.search == SITES:
+        found = search_sites(model, exact, held_out, progress=progress, resume=resume)
+    else:
+        found = best_coefficients(model, exact, held_out, progress=progress)
+    return found.with_selection(plan.selection)
 
 
 def token_batches(batches: Batches, tokenizer: Tokenizer | None, context: int) -> Iterator[Tensor]:
@@ -184,7 +216,7 @@ def _observing(
 
     def observe_graph(captured: Captured) -> Boxed:
         facts = facts_of(captured.graph, captured.fake_mode)
-        found = allocate(facts, sparsity, plan.coefficients, plan.rotation, plan.selection)
+        found = allocated(facts, sparsity, plan.coefficients, plan.rotation, plan.selection)
         sites.update(found)
         observe(facts, found, moments.add)
         module = captured.graph.module
@@ -206,16 +238,21 @@ def _without_sites(plan: Asked) -> str:
 
 
 def _provenance(ids: list[Tensor], plan: Asked) -> dict[str, JSON]:
-    digest = hashlib.sha256()
-    for batch in ids:
-        digest.update(batch.cpu().to(torch.int64).numpy().tobytes())
     return {
         "tokens": sum(batch.numel() for batch in ids),
         "windows": sum(batch.shape[0] for batch in ids),
-        "text_digest": digest.hexdigest(),
+        "text_digest": text_digest(ids),
         "rotation": plan.rotation,
         "versions": versions(),
     }
+
+
+def text_digest(batches: Sequence[Tensor]) -> str:
+    """Hex SHA-256 over token ids."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(batch.cpu().to(torch.int64).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, JSON]:

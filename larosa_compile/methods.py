@@ -2,14 +2,19 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from larosa_compile.allocation import Coefficients, Rotation, check_rotation
 from larosa_compile.errors import OptionError
 from larosa_compile.passes.selection import GATE, RELATIVE, THRESHOLD, TOP_K
 from larosa_compile.recipe_checks import LAROSA
 
-GRID, GREEDY = "grid", "greedy"
-"""Ways to choose coefficients: a grid of pairs by kind (LaRoSA, algorithm 1); block by block (TEAL, algorithm 1)."""
+GRID, GREEDY, SITES = "grid", "greedy", "sites"
+"""Ways to choose coefficients: a grid of pairs by kind (LaRoSA, algorithm 1); block by block (TEAL, algorithm 1); each
+site by what it costs at the model's output."""
+
+Allocation = Literal["paper", "search"]
+"""How sparsity is split between sites: as the method's paper does, or each site by its cost at the model's output."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class Method:
     """rotations: whether inputs are rotated. selections: the rules that it may choose by, its own first.
 
     coefficients: of its sites, where a caller gives none; 0 is no site for a head, and elsewhere one that is dense.
-    search: how coefficients are chosen on held-out text; None where there is nothing to choose.
+    search: how its paper chooses coefficients on held-out text; None where there is nothing to choose.
     """
 
     rotates: bool
@@ -50,6 +55,7 @@ def asked(
     selection: str | None,
     rotation: Rotation | None,
     coefficients: Coefficients | None,
+    allocate: str = "paper",
     searches: bool = False,
 ) -> Asked:
     """Checks what `calibrate` was asked for; None is the method's own. searches: whether there is held-out text.
@@ -78,12 +84,19 @@ def asked(
             f"coefficients must be an allocation.Coefficients or None, got {coefficients!r}; give such as "
             "Coefficients(readers=0.8, writers=1.2)"
         )
+    if allocate not in get_args(Allocation):
+        raise OptionError(f"allocate must be one of {_quoted(get_args(Allocation))}, got {allocate!r}; use one of them")
+    if allocate == "search" and not known.rotates:
+        raise OptionError(f"allocate for method {method!r} must be 'paper', got 'search'; use it with method='larosa'")
+    if allocate == "search" and not searches:
+        raise OptionError("allocate='search' needs held-out token ids or texts, got none; pass some as search=…")
     if searches and known.search is None:
         raise OptionError(
             f"search must be None for method {method!r}, as there is nothing to choose, got held-out text; leave it out"
         )
     chosen = selection or known.selections[0]
-    return Asked(method, chosen, rotation, coefficients or known.coefficients, known.search if searches else None)
+    search = SITES if allocate == "search" else known.search if searches else None
+    return Asked(method, chosen, rotation, coefficients or known.coefficients, search)
 
 
 def _quoted(names: Iterable[str]) -> str:

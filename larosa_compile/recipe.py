@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from larosa_compile import recipe_file, registry
 from larosa_compile.errors import RecipeError
 from larosa_compile.fingerprint import locate
+from larosa_compile.passes.selection import TOP_K
 from larosa_compile.recipe_checks import (
     LAROSA,
     OWN_DTYPE,
@@ -28,7 +29,7 @@ from larosa_compile.recipe_checks import (
     checked_sparsity,
     checked_spectrum,
 )
-from larosa_compile.site import MAX_SPARSITY, SiteRecipe
+from larosa_compile.site import MAX_SPARSITY, UNMEASURED, SiteRecipe
 
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 """What the provenance of a recipe may be made of."""
@@ -119,6 +120,16 @@ class Recipe:
         """
         _check_sites(sites, self.rotations, self.parameters)
         return self._changed(sites=dict(sites), calibration={**self.calibration, **(provenance or {})})
+
+    def with_selection(self, selection: str) -> "Recipe":
+        """Return the recipe with every site choosing by another rule; thresholds then keep everything until measured.
+
+        Raises:
+            RecipeError: there is no such rule.
+        """
+        quantiles = None if selection == TOP_K else UNMEASURED
+        sites = {path: replace(site, selection=selection, quantiles=quantiles) for path, site in self.sites.items()}
+        return self._changed(sites=sites)
 
     def with_weights(self, weights: str) -> "Recipe":
         """Return the recipe for weights in another format: "int8", "int4", or "model" for the model's own dtype.

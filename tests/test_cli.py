@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import larosa_compile
+from larosa_compile import site_search
 from larosa_compile.calibration import token_batches
 from larosa_compile.cli.app import app
 from larosa_compile.config import Config
@@ -91,6 +92,17 @@ def test_a_text_that_is_too_short_is_used_whole_and_said(folder: Path, tmp_path:
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0
     assert result.stderr == "the text has fewer than 24576 tokens: calibrated on all 600\n"
+
+
+def test_calibrate_searches(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site_search, "ROUNDS", 1)
+    text, state, target = folder / "text.txt", tmp_path / "state.json", tmp_path / "r.safetensors"
+    search = ("--allocate", "search", "--search-text", text, "--resume", state)
+    ran("calibrate", folder, "--text", text, "--tokens", 128, "--context", 32, *search, "-o", target)
+    assert json.loads(state.read_text())["round"] == 1
+    said = Recipe.load(target).calibration["allocation"]
+    assert (said["method"], said["tokens"]) == ("search", 128) and said["after"] <= said["before"]
+    assert "allocation  method search" in ran("inspect", target)
 
 
 @pytest.mark.parametrize("spec", ["{}", "{}:train", "{}:train:text", "{}::text"])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from larosa_compile.cli.options import (
+    Allocation,
     Device,
     DtypeOption,
     Method,
@@ -65,6 +66,17 @@ def calibrate(
             help="Layers per basis; by default layer, and none for methods that do not rotate.",
         ),
     ] = None,
+    allocate: Annotated[
+        Allocation, typer.Option("--allocate", help="Sparsity by kind as in the paper, or searched for each site.")
+    ] = "paper",
+    search_text: Annotated[
+        list[Path] | None,
+        typer.Option("--search-text", callback=existing_files, help="Held-out text to choose the split on."),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="FILE", callback=writable_file, help="Where a search writes how far it is."),
+    ] = None,
     weights: Annotated[
         Weights, typer.Option("--weights", help="Format that compiled weights are read in; model: the model's dtype.")
     ] = "model",
@@ -79,6 +91,12 @@ def calibrate(
     if (text is None) == (dataset is None):
         given = "neither" if text is None else "both"
         raise typer.BadParameter(f"one of them says what to calibrate on, got {given}", param_hint="--text / --dataset")
+    if allocate == "search" and search_text is None:
+        raise typer.BadParameter(
+            "it is measured on held-out text, got none; give --search-text", param_hint="--allocate"
+        )
+    if resume is not None and allocate != "search":
+        raise typer.BadParameter(f"it is of --allocate search, got {allocate}; give both", param_hint="--resume")
     import larosa_compile
     from larosa_compile.cli.opening import open_model, open_tokenizer
     from larosa_compile.cli.output import note
@@ -89,6 +107,12 @@ def calibrate(
     length = min(window_length(loaded, context), tokens)
     source = "--text" if dataset is None else f"--dataset {dataset!r}"
     windows = windows_of(texts, tokenizer, length, math.ceil(tokens / length), source)
+    held_out = None
+    if search_text is not None:
+        found = windows_of(
+            file_texts(search_text, tokens), tokenizer, length, math.ceil(tokens / length), "--search-text"
+        )
+        held_out = [window.to(loaded.device) for window in found]
     layers: Rotation | None = int(rotation) if rotation and rotation.isdecimal() else rotation  # type: ignore[assignment]
     start = time.perf_counter()
     recipe = larosa_compile.calibrate(
@@ -98,6 +122,9 @@ def calibrate(
         method=method,
         selection=selection,
         rotation=layers,
+        allocate=allocate,
+        search=held_out,
+        resume=resume,
     )
     recipe.with_weights(weights).save(output)
     measured = sum(window.numel() for window in windows)

@@ -8,6 +8,7 @@ import typer
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Weights = Literal["model", "int8", "int4"]
 Method = Literal["larosa", "teal", "cats"]
+Allocation = Literal["paper", "search"]
 Selection = Literal["top-k", "threshold", "relative", "gate"]
 
 
