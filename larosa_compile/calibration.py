@@ -12,7 +12,7 @@ import larosa_compile
 from larosa_compile import registry
 from larosa_compile.allocation import Coefficients, Rotation, allocate, check_rotation
 from larosa_compile.arguments import checked_count, checked_sparsity
-from larosa_compile.capture import Boxed, Captured, boxed, capture, check_has_values, compile_alone
+from larosa_compile.capture import Boxed, Captured, boxed, capture, check_has_values, check_is_readable, compile_alone
 from larosa_compile.errors import InferenceOnlyError, OptionError, RecipeError
 from larosa_compile.fingerprint import fingerprint
 from larosa_compile.moments import Moments, observe
@@ -62,7 +62,7 @@ def calibrate(
 
     Raises:
         InferenceOnlyError: the model is in training mode.
-        ModelError: its weights are on the meta device.
+        ModelError: its weights are on the meta device, or of a class whose values cannot be read.
         ReleasedWeightsError: its weights were released after they were folded.
         OptionError: an argument is out of range, or texts came without a tokenizer.
         RecipeError: there was nothing to calibrate (no batches, or no residual stream in the model).
@@ -73,6 +73,7 @@ def calibrate(
         raise OptionError(f"model must be a torch.nn.Module, got {type(model).__name__}; load it and give it here")
     check_not_released(model.parameters())
     check_has_values(model.parameters())
+    check_is_readable(model.parameters())
     if model.training:
         raise InferenceOnlyError("the model is in training mode; call model.eval() before calibrating it")
     sparsity = checked_sparsity("sparsity", sparsity)
