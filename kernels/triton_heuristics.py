@@ -66,7 +66,7 @@ def packed_configs(lines: int, columns: int, rows: int, form: WeightFormat, proc
     parts = _parts(lines, ceil_div(columns, block_n) * rows, processors)
     if ceil_div(columns, block_n) * rows * parts < MIN_PROGRAMS * processors:
         # even in all parts too few programs: half a line of memory each
-        block_n, warps = block_n // 2, warps // 2
+        block_n, warps = block_n // 2, max(WARPS // 2, warps // 2)
     chunk = round_up(ceil_div(lines, parts), form.group)
     shapes = [(block_n, warps), (block_n, 2 * warps), (2 * block_n, 2 * warps)]
     return [GemvConfig(width, form.group, count, parts, chunk) for width, count in shapes]

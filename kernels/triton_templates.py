@@ -17,6 +17,13 @@ SOURCE = Path(__file__).parent / "templates" / "sparse_gemv.py.jinja"
 PACKED_SOURCE = SOURCE.with_name("packed_gemv.py.jinja")
 
 
+LOAD_BYTES = 16
+"""What a thread loads at once."""
+
+WARP_THREADS = 32
+"""Of NVIDIA's warps. On AMD, where it is 64, threads add up their sums of one line in two steps."""
+
+
 @SymbolicGridFn
 def _grid(out_rows: Any, columns: Any, meta: dict[str, Any], *, cdiv: Callable[..., Any]) -> tuple[Any, Any, int]:
     return (cdiv(columns, meta["BLOCK_N"]), out_rows, 1)
@@ -40,7 +47,15 @@ def append_packed_gemv(
     """The same for a packed weight [features, columns] in the place of weight_t."""
     features = int(inputs[0].get_size()[1])
     fine = min(features, form.fine)
-    constants = {"CODE_BITS": form.bits, "SCALE_LINES": form.scale_lines, "FINE": fine, "LINES": features + fine}
+    loads = config.block_k * config.block_n * form.bits // 8 // LOAD_BYTES
+    passes = max(1, loads // (config.warps * WARP_THREADS))
+    constants = {
+        "PASSES": passes,
+        "CODE_BITS": form.bits,
+        "SCALE_LINES": form.scale_lines,
+        "FINE": fine,
+        "LINES": features + fine,
+    }
     _append(packed_gemv, choices, inputs, layout, config, **constants, COLUMNS=int(layout.size[1]))
 
 
