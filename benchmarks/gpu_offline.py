@@ -55,9 +55,8 @@ def main() -> None:
         for shape, dtype in cases:
             compiled = kernel_records(shape, dtype, arguments.targets)
             layers = layer_records(shape, compiled, arguments.targets) if dtype == "bf16" else []
-            packed = {
-                form: kernel_records(shape, dtype, arguments.targets, form) for form in FORMATS if dtype == "bf16"
-            }
+            forms = FORMATS if dtype == "bf16" else ()
+            packed = {form: kernel_records(shape, dtype, arguments.targets, form) for form in forms}
             records += [*compiled, *layers, *(record for some in packed.values() for record in some)]
             measure.write_so_far(arguments.json, meta, records)
             for form, some in ({OWN_DTYPE: compiled} | packed).items():
