@@ -2,9 +2,9 @@
 
 One sequence, greedy, static cache. The variants of a model take turns in one process, and the memory bandwidth is read
 after every turn. inductor-max has its weights frozen. Bytes are those of the linear weights that a token reads; bound:
-what reading them takes at the bandwidth of the same rounds. Compile time, peak memory and the split of the time by
-kernels come from processes of the variants' own, which start with an empty compile cache; there larosa releases the
-original weights.
+what reading them takes at the bandwidth of the same rounds. Compile time, peak memory, memory held afterwards and the
+split of the time by kernels come from processes of the variants' own, which start with an empty compile cache; there
+larosa releases the original weights.
 """
 
 import argparse
@@ -124,6 +124,7 @@ def speeds(subject: Subject, context: int, sizes: dict[Variant, int], tokens: in
                 "vs_inductor": inductor / spread.median if inductor else None,
                 "compile_s": None,
                 "peak_rss_mb": None,
+                "rss_mb": None,
                 "split": None,
             }
         )
@@ -131,7 +132,7 @@ def speeds(subject: Subject, context: int, sizes: dict[Variant, int], tokens: in
 
 
 def alone(records: list[dict[str, Any]], recipe: Recipe | None) -> None:
-    """Fills in what a process of each record's own reports: `compile_s`, `peak_rss_mb` and `split`."""
+    """Fills in what a process of each record's own reports: `compile_s`, `peak_rss_mb`, `rss_mb` and `split`."""
     with tempfile.TemporaryDirectory() as folder, progress_bar(True) as bar:
         saved = Path(folder) / "recipe.larosa.safetensors"
         if recipe is not None:
@@ -160,7 +161,9 @@ def child(arguments: argparse.Namespace) -> dict[str, Any]:
         forward = variant.forward(model, recipe, release=True)
         first, *others = prompt.decode_seconds(forward, 5)
         compile_s = None if variant.name == "eager" else first - statistics.median(others)
-        found: dict[str, Any] = {"compile_s": compile_s, "peak_rss_mb": measure.peak_rss_mb(), "split": None}
+        gc.collect()
+        memory = {"peak_rss_mb": measure.peak_rss_mb(), "rss_mb": measure.rss_mb()}
+        found: dict[str, Any] = {"compile_s": compile_s, **memory, "split": None}
         if variant in SPLIT:
             if not variant.is_larosa:
                 decoding.forget_compiled()  # larosa's options differ below, and its graph holds all weights there are
@@ -207,7 +210,8 @@ def table(records: list[dict[str, Any]]) -> Table:
         "over bound",
         "vs inductor",
         "compile s",
-        "MB",
+        "peak MB",
+        "MB held",
     )
     for column in ("variant", *columns):
         made.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
@@ -223,6 +227,7 @@ def table(records: list[dict[str, Any]]) -> Table:
             _shown(record["vs_inductor"], ".2f", "x"),
             _shown(record["compile_s"], ".0f"),
             _shown(record["peak_rss_mb"], ",.0f"),
+            _shown(record["rss_mb"], ",.0f"),
         )
     return made
 

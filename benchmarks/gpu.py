@@ -25,6 +25,7 @@ from benchmarks.decoding import Variant, random_ids
 from larosa_compile.backend import larosa
 from larosa_compile.decoding import compare
 from larosa_compile.kernels import ops, reference
+from larosa_compile.kernels.formats import FORMATS, pack, unpack
 from larosa_compile.passes.plan import kept_features
 
 NO_GPU = "no GPU: benchmarks.gpu measures on one; benchmarks.gpu_offline compiles for GPUs that are not there"
@@ -82,6 +83,12 @@ def check(device: torch.device) -> None:
                 product, kept = compiled(row.to(device), weight_t.to(device))
                 assert_is_product(product.cpu(), row, weight_t, 40)
                 torch.testing.assert_close(kept.cpu(), reference.sparsify(row, 40), rtol=0, atol=0, equal_nan=True)
+        for form in FORMATS.values():
+            packed, x = pack(torch.randn(1100, 333), form), torch.randn(1, 1100).to(dtype)
+            read_packed = torch.compile(ops.sparse_linear_packed, dynamic=False)
+            for k in (350, 1100):
+                product = read_packed(x.to(device), packed.to(device), k, 333, form.name)
+                assert_is_product(product.cpu(), x, unpack(packed, 1100, 333, form), k)
     torch._dynamo.reset()
 
 

@@ -1,6 +1,7 @@
 """GPU kernels of a decoder layer, generated and compiled for GPUs that are not there. No GPU is timed.
 
-Inductor generates the layer's program for an H100; every kernel is compiled offline for every target, and its machine
+Inductor generates the layer's program for an H100, with weights in the model's dtype and in every packed format (the
+adapter keeps the model's dtype, as in a model); every kernel is compiled offline for every target, and its machine
 code is read: registers, spills, shared memory, instructions, width of the loads. Launches are counted in the program.
 Times come from the formula in `benchmarks.gpu_model`, whose assumptions are printed; ratios are to a dense bfloat16
 layer under the same assumptions. Attention and its cache are left out of everything.
@@ -24,8 +25,11 @@ from benchmarks import gpu_model, measure
 from benchmarks.gpu_model import DEVICES, GPU_SHAPES, PUBLISHED, Assumptions
 from benchmarks.shapes import Shape
 from larosa_compile.kernels import ops
+from larosa_compile.kernels.formats import FORMATS, PACKED_DTYPE, WeightFormat
+from larosa_compile.passes.pack import UNSORTED
 from larosa_compile.passes.plan import kept_features
 from larosa_compile.progress import progress_bar
+from larosa_compile.recipe_checks import OWN_DTYPE
 
 SPARSITIES = (0.0, 0.25, 0.4, 0.5, 0.75)
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -51,9 +55,12 @@ def main() -> None:
         for shape, dtype in cases:
             compiled = kernel_records(shape, dtype, arguments.targets)
             layers = layer_records(shape, compiled, arguments.targets) if dtype == "bf16" else []
-            records += [*compiled, *layers]
+            forms = FORMATS if dtype == "bf16" else ()
+            packed = {form: kernel_records(shape, dtype, arguments.targets, form) for form in forms}
+            records += [*compiled, *layers, *(record for some in packed.values() for record in some)]
             measure.write_so_far(arguments.json, meta, records)
-            out.print(kernel_table(shape, dtype, compiled))
+            for form, some in ({OWN_DTYPE: compiled} | packed).items():
+                out.print(kernel_table(shape, dtype if form == OWN_DTYPE else f"{dtype}, {form} weights", some))
             for target in dict.fromkeys(record["target"] for record in layers):
                 out.print(layer_table(shape, [record for record in layers if record["target"] == target]))
             bar.advance(task)
@@ -62,20 +69,32 @@ def main() -> None:
 
 
 def layer(
-    x: Tensor, norm: Tensor, qkv: Tensor, o: Tensor, gate_up: Tensor, down: Tensor, *adapter: Tensor, sparsity: float
+    x: Tensor,
+    norm: Tensor,
+    qkv: Tensor,
+    o: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *adapter: Tensor,
+    shape: Shape,
+    sparsity: float,
+    weights: str,
 ) -> tuple[Tensor, Tensor]:
     """A layer's kernels in the order of a model, a slice in the place of attention; with the norm of the next layer."""
 
-    def sparse(row: Tensor, weight_t: Tensor) -> Tensor:
-        return ops.sparse_linear(row, weight_t, kept_features(sparsity, row.shape[1]))
+    def sparse(row: Tensor, weight_t: Tensor, name: str) -> Tensor:
+        kept = kept_features(sparsity, row.shape[1])
+        if weights == OWN_DTYPE:
+            return ops.sparse_linear(row, weight_t, kept)
+        return ops.sparse_linear_packed(row, weight_t, kept, shape.products[name][1], form_of(name, weights).name)
 
     def normed(row: Tensor) -> Tensor:
         return F.rms_norm(row, (row.shape[-1],), norm)
 
-    attended = torch.tanh(torch.narrow(sparse(normed(x), qkv), 1, 0, o.shape[0]))
-    x = x + sparse(attended, o)
-    gate, up = sparse(normed(x), gate_up).chunk(2, 1)
-    written = sparse(F.silu(gate) * up, down)
+    attended = torch.tanh(torch.narrow(sparse(normed(x), qkv, "qkv"), 1, 0, shape.products["o"][0]))
+    x = x + sparse(attended, o, "o")
+    gate, up = sparse(normed(x), gate_up, "gate_up").chunk(2, 1)
+    written = sparse(F.silu(gate) * up, down, "down")
     # the skip path changes its basis between layers; where they share one it does not
     x = written + (ops.sparse_linear(x, adapter[0], x.shape[1]) if adapter else x)
     return x, normed(x)
@@ -85,17 +104,27 @@ KERNELS = ("norm and threshold", "qkv", "threshold", "o", "norm and threshold", 
 """Of a layer, as they are launched; then down and, unless layers share a basis, the adapter, in either order."""
 
 
-def layer_program(shape: Shape, dtype: torch.dtype, adapter: bool, sparsity: float = 0.5) -> Any:
-    """The program of a layer and of the norm behind it, generated for an H100."""
+def form_of(product: str, weights: str) -> WeightFormat:
+    """The format of a product's weight; what reads no stream has no sorted features."""
+    return FORMATS[weights] if product in ("qkv", "gate_up") else UNSORTED
+
+
+def layer_program(
+    shape: Shape, dtype: torch.dtype, adapter: bool, sparsity: float = 0.5, weights: str = OWN_DTYPE
+) -> Any:
+    """The program of a layer and of the norm behind it, generated for an H100. weights: the format of its products."""
     from tests.support.gpu_programs import fake_inputs, generate
 
-    def empty(*sizes: int) -> Tensor:
+    def empty(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
 
-    products = [empty(*size) for size in shape.products.values()]
+    products = [
+        empty(*size) if weights == OWN_DTYPE else empty(*form_of(name, weights).shape(*size), dtype=PACKED_DTYPE)
+        for name, size in shape.products.items()
+    ]
     extra = [empty(shape.hidden, shape.hidden)] if adapter else []
     inputs = fake_inputs(empty(1, shape.hidden), empty(shape.hidden), *products, *extra)
-    return generate(lambda *tensors: layer(*tensors, sparsity=sparsity), inputs)
+    return generate(lambda *tensors: layer(*tensors, shape=shape, sparsity=sparsity, weights=weights), inputs)
 
 
 def launches_per_layer(program: Any) -> int:
@@ -103,11 +132,11 @@ def launches_per_layer(program: Any) -> int:
     return len(program.launches) - 1
 
 
-def kernel_records(name: str, dtype: str, targets: Sequence[str]) -> list[dict[str, Any]]:
+def kernel_records(name: str, dtype: str, targets: Sequence[str], weights: str = OWN_DTYPE) -> list[dict[str, Any]]:
     """A record per kernel of a layer with an adapter, per target."""
     from tests.support.offline import binaries
 
-    program = layer_program(GPU_SHAPES[name], DTYPES[dtype], adapter=True)
+    program = layer_program(GPU_SHAPES[name], DTYPES[dtype], adapter=True, weights=weights)
     records = []
     for target in targets:
         compiled = {binary.kernel: binary for binary in binaries(program, target)}
@@ -118,6 +147,7 @@ def kernel_records(name: str, dtype: str, targets: Sequence[str]) -> list[dict[s
                     "template": KERNELS[position] if position < len(KERNELS) else "down, adapter",
                     "target": target,
                     "dtype": dtype,
+                    "weights": weights,
                     "shape": name,
                     "regs": binary.registers,
                     "spills": binary.spills,

@@ -31,11 +31,20 @@ def bandwidth_gb_s(repeats: int = 7) -> float:
 
 def peak_rss_mb() -> float:
     """The most memory that this process has had, in 10⁶ bytes."""
+    peak = _status_mb("VmHWM")
+    # ru_maxrss second: on Linux a process begins with that of the one that started it
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 if peak is None else peak
+
+
+def rss_mb() -> float | None:
+    """The memory that this process has now, in 10⁶ bytes; None where the system does not say."""
+    return _status_mb("VmRSS")
+
+
+def _status_mb(name: str) -> float | None:
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
-    peaks = [int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM")]
-    # ru_maxrss second: on Linux a process begins with that of the one that started it
-    return peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(name)), None)
 
 
 @dataclass(frozen=True)

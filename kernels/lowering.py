@@ -10,6 +10,8 @@ sparse_linear_packed, CPU, a few rows  -> PackedGemvTemplate
                          , more rows   -> UnpackTemplate, then what sparse_linear does
 sparse_linear, GPU, a few rows  -> a threshold fused into what makes x, then the Triton template
                   , more rows   -> sparsify, then Inductor's own mm over the same weight
+sparse_linear_packed, GPU, a few rows  -> the same threshold, then the Triton template over packed weights
+                         , more rows   -> a pointwise kernel that unpacks, then what sparse_linear does
 sparsify, GPU                   -> a threshold and a selection, fused into what makes x
 any other device or dtype       -> the eager op
 """
@@ -23,7 +25,7 @@ from torch._inductor.select_algorithm import realize_inputs
 from torch._inductor.utils import has_free_symbols, parallel_num_threads
 from torch._inductor.virtualized import V
 
-from larosa_compile.kernels import heuristics, ops, triton_heuristics, triton_lowering
+from larosa_compile.kernels import heuristics, ops, triton_heuristics, triton_lowering, triton_unpack
 from larosa_compile.kernels.cpp_templates import (
     DotGemvTemplate,
     PackedGemvTemplate,
@@ -135,15 +137,19 @@ def lower_sparse_linear(x: ir.TensorBox, weight_t: ir.TensorBox, k: int | None) 
 def lower_sparse_linear_packed(
     x: ir.TensorBox, packed: ir.TensorBox, k: int | None, columns: int, form: str
 ) -> ir.TensorBox:
-    if not _has_templates(x) or not _on_cpu(x) or has_free_symbols(packed.get_size()):
+    if not _has_templates(x) or has_free_symbols(packed.get_size()):
         return _eager(ops.sparse_linear_packed, x, packed, k, columns, form)
     meaning, threads = format_of(form), parallel_num_threads()
     features = meaning.features(int(packed.get_size()[0]))
     stored = ir.ExternKernel.require_contiguous(realize_inputs(packed))
     device, dtype = x.get_device_or_error(), x.get_dtype()
     if not _has_few_rows(x, k):
+        if not _on_cpu(x):
+            return lower_sparse_linear(x, triton_unpack.unpack(stored, features, columns, dtype, meaning), k)
         layout = ir.FixedLayout(device, dtype, [features, columns])
         return lower_sparse_linear(x, output_of(UnpackTemplate(stored, layout, threads, meaning)), k)
+    if not _on_cpu(x):
+        return triton_lowering.packed_gemv(x, stored, k, columns, meaning)
     layout = ir.FixedLayout(device, dtype, [int(x.get_size()[0]), columns])
     threads = heuristics.gemv_threads(meaning.bytes_read(k or features, features, columns), threads)
     return output_of(PackedGemvTemplate([realize_inputs(x), stored], layout, threads, k, meaning))

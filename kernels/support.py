@@ -17,10 +17,3 @@ def refusal_reason(device: torch.device, dtype: torch.dtype) -> str | None:
             f"there is no sparse kernel for {dtype} (supported: {', '.join(map(str, MAGNITUDE_VIEWS))}); it stays dense"
         )
     return None
-
-
-def packed_refusal_reason(device: torch.device) -> str | None:
-    """Why no sparse kernel reads weights in fewer bits on this device; None if one does."""
-    if device.type == "cpu":
-        return None
-    return f"there is no kernel for weights in fewer bits on device '{device.type}' yet; it keeps the model's dtype"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from larosa_compile.kernels.formats import WeightFormat
 from larosa_compile.kernels.heuristics import ceil_div, round_up
 
 LINE_BYTES = 128
@@ -46,10 +47,7 @@ def gemv_configs(features: int, columns: int, rows: int, itemsize: int, processo
     All have the same number of parts, hence results of one shape. processors: of the device.
     """
     block_n = LINE_BYTES // itemsize
-    programs = ceil_div(columns, block_n) * rows
-    parts = 1
-    while 2 * parts <= MAX_PARTS and parts * programs < MIN_PROGRAMS * processors and features >= 2 * parts * MIN_CHUNK:
-        parts *= 2
+    parts = _parts(features, ceil_div(columns, block_n) * rows, processors)
     tiles = [(1, 1, 1), (1, 2, 2), (2, 1, 2), (1, 2, 1), (2, 1, 1)]
     configs = []
     for wider, taller, warps in tiles:
@@ -57,3 +55,26 @@ def gemv_configs(features: int, columns: int, rows: int, itemsize: int, processo
         chunk = round_up(ceil_div(features, parts), block_k)
         configs.append(GemvConfig(block_n * wider, block_k, WARPS * warps, parts, chunk))
     return configs
+
+
+def packed_configs(lines: int, columns: int, rows: int, form: WeightFormat, processors: int) -> list[GemvConfig]:
+    """The same for a packed weight of so many lines of codes. A tile is as many as share their scales.
+
+    Codes of 4 bits make twice the columns of a line, each with a sum: they take twice the warps.
+    """
+    block_n, warps = LINE_BYTES * 8 // form.bits, WARPS * 4 // form.bits
+    parts = _parts(lines, ceil_div(columns, block_n) * rows, processors)
+    if ceil_div(columns, block_n) * rows * parts < MIN_PROGRAMS * processors:
+        # even in all parts too few programs: half a line of memory each
+        block_n, warps = block_n // 2, max(WARPS // 2, warps // 2)
+    chunk = round_up(ceil_div(lines, parts), form.group)
+    shapes = [(block_n, warps), (block_n, 2 * warps), (2 * block_n, 2 * warps)]
+    return [GemvConfig(width, form.group, count, parts, chunk) for width, count in shapes]
+
+
+def _parts(features: int, programs: int, processors: int) -> int:
+    """In how many parts the features of a product are summed that takes so many programs in one."""
+    parts = 1
+    while 2 * parts <= MAX_PARTS and parts * programs < MIN_PROGRAMS * processors and features >= 2 * parts * MIN_CHUNK:
+        parts *= 2
+    return parts

@@ -1,4 +1,4 @@
-"""The Inductor Triton template of the sparse product. Its source is in `templates/`."""
+"""The Inductor Triton templates of the sparse products. Their sources are in `templates/`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +9,19 @@ from torch import Tensor
 from torch._inductor import ir
 from torch._inductor.select_algorithm import ExternKernelChoice, SymbolicGridFn, TritonTemplate
 
+from larosa_compile.kernels.formats import WeightFormat
 from larosa_compile.kernels.reference import MAGNITUDE_VIEWS, magnitude_bits
 from larosa_compile.kernels.triton_heuristics import GemvConfig
 
 SOURCE = Path(__file__).parent / "templates" / "sparse_gemv.py.jinja"
+PACKED_SOURCE = SOURCE.with_name("packed_gemv.py.jinja")
+
+
+LOAD_BYTES = 16
+"""What a thread loads at once."""
+
+WARP_THREADS = 32
+"""Of NVIDIA's warps. On AMD, where it is 64, threads add up their sums of one line in two steps."""
 
 
 @SymbolicGridFn
@@ -21,6 +30,7 @@ def _grid(out_rows: Any, columns: Any, meta: dict[str, Any], *, cdiv: Callable[.
 
 
 sparse_gemv = TritonTemplate(name="larosa_sparse_gemv", grid=_grid, source=SOURCE.read_text(encoding="utf-8"))
+packed_gemv = TritonTemplate(name="larosa_packed_gemv", grid=_grid, source=PACKED_SOURCE.read_text(encoding="utf-8"))
 
 
 def append_gemv(choices: list[ir.ChoiceCaller], inputs: list[ir.IRNode], layout: ir.Layout, config: GemvConfig) -> None:
@@ -28,9 +38,38 @@ def append_gemv(choices: list[ir.ChoiceCaller], inputs: list[ir.IRNode], layout:
 
     layout: [parts * rows, columns]. threshold: int32 [rows, 1]; without one, nothing is dropped.
     """
+    _append(sparse_gemv, choices, inputs, layout, config)
+
+
+def append_packed_gemv(
+    choices: list[ir.ChoiceCaller], inputs: list[ir.IRNode], layout: ir.Layout, config: GemvConfig, form: WeightFormat
+) -> None:
+    """The same for a packed weight [features, columns] in the place of weight_t."""
+    features = int(inputs[0].get_size()[1])
+    fine = min(features, form.fine)
+    loads = config.block_k * config.block_n * form.bits // 8 // LOAD_BYTES
+    passes = max(1, loads // (config.warps * WARP_THREADS))
+    constants = {
+        "PASSES": passes,
+        "CODE_BITS": form.bits,
+        "SCALE_LINES": form.scale_lines,
+        "FINE": fine,
+        "LINES": features + fine,
+    }
+    _append(packed_gemv, choices, inputs, layout, config, **constants, COLUMNS=int(layout.size[1]))
+
+
+def _append(
+    template: TritonTemplate,
+    choices: list[ir.ChoiceCaller],
+    inputs: list[ir.IRNode],
+    layout: ir.Layout,
+    config: GemvConfig,
+    **constants: int,
+) -> None:
     dtype = inputs[0].get_dtype()
     integer, magnitude = MAGNITUDE_VIEWS[dtype]
-    error = sparse_gemv.maybe_append_choice(
+    error = template.maybe_append_choice(
         choices,
         input_nodes=tuple(inputs),
         layout=layout,
@@ -42,6 +81,7 @@ def append_gemv(choices: list[ir.ChoiceCaller], inputs: list[ir.IRNode], layout:
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         CHUNK=config.chunk,
+        **constants,
     )
     if error is not None:
         raise error

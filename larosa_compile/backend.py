@@ -44,7 +44,7 @@ def larosa(
         MissingRecipeError: there is no recipe, and `calibration_tokens` is 0.
         RecipeError, RecipeMismatchError: the recipe cannot be read, or belongs to another model.
         InferenceOnlyError: gradients are enabled.
-        ModelError: a parameter is on the meta device.
+        ModelError: a parameter is on the meta device, or of a class whose values cannot be read.
         ReleasedWeightsError: a weight that this graph needs was released after another was compiled.
     """
     started = time.perf_counter()
@@ -73,7 +73,7 @@ def _compile(captured: Captured, config: Config, started: float) -> Boxed:
     if recipe.packs and made.is_sound:
         packed = pack(made.captured.graph, made.rewritten, recipe.weights, captured.fake_mode, trace.graph)
         made = replace(made, rewritten=packed)
-    report = report_of(made.rewritten, described(recipe), made.faults, recipe.packs)
+    report = report_of(made.rewritten, captured, described(recipe), made.faults, recipe.packs)
     trace.plan(made.rewritten.plan)
     trace.report(report)
     registry.add_report(captured.tensors.values(), report)

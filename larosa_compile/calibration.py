@@ -15,7 +15,7 @@ from larosa_compile.allocation import Coefficients, Rotation
 from larosa_compile.allocation import allocate as allocated
 from larosa_compile.arguments import checked_count, checked_sparsity
 from larosa_compile.block_search import greedy_allocation
-from larosa_compile.capture import Boxed, Captured, boxed, capture, check_has_values, compile_alone
+from larosa_compile.capture import Boxed, Captured, boxed, capture, check_has_values, check_is_readable, compile_alone
 from larosa_compile.errors import InferenceOnlyError, OptionError, RecipeError
 from larosa_compile.fingerprint import fingerprint
 from larosa_compile.methods import GREEDY, SITES, Allocation, Asked, asked
@@ -87,7 +87,7 @@ def calibrate(
 
     Raises:
         InferenceOnlyError: the model is in training mode.
-        ModelError: its weights are on the meta device.
+        ModelError: its weights are on the meta device, or of a class whose values cannot be read.
         ReleasedWeightsError: its weights were released after they were folded.
         OptionError: an argument is out of range, or texts came without a tokenizer.
         RecipeError: there was nothing to calibrate (no batches, or no residual stream in the model).
@@ -98,6 +98,7 @@ def calibrate(
         raise OptionError(f"model must be a torch.nn.Module, got {type(model).__name__}; load it and give it here")
     check_not_released(model.parameters())
     check_has_values(model.parameters())
+    check_is_readable(model.parameters())
     if model.training:
         raise InferenceOnlyError("the model is in training mode; call model.eval() before calibrating it")
     sparsity = checked_sparsity("sparsity", sparsity)
@@ -150,7 +151,7 @@ def _chosen_on(
     progress: bool,
     resume: str | os.PathLike[str] | None,
 ) -> Recipe:
-    """The recipe with its sparsity split as was asked for. A way that runs the compiled model is imported when it does."""
+    """The recipe with its sparsity split as was asked for. What runs the compiled model is imported when it does."""
     if plan.search == GREEDY:
         return greedy_allocation(model, recipe, held_out[0], progress)
     from larosa_compile.search import best_coefficients

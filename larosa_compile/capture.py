@@ -1,6 +1,7 @@
 """From a Dynamo graph to the functional ATen graph with its real parameters. Calibration and the backend share it."""
 
 import copy
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,8 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
 from larosa_compile import registry
+from larosa_compile.arrival import origins, unreadable
 from larosa_compile.errors import InferenceOnlyError, ModelError
-from larosa_compile.passes.graph import GraphInvariantError, ParameterGraph
+from larosa_compile.passes.graph import GraphInvariantError, ParameterGraph, Refusal
+from larosa_compile.passes.quantised import is_quantised, take_values
+
+_log = logging.getLogger("larosa_compile")
 
 Boxed = Callable[[list[Any]], Any]
 """A compiled graph: takes its inputs as one list, which it may clear, and returns the outputs."""
@@ -30,6 +35,7 @@ class Captured:
     graph: the graph and its parameters' paths. tensors: parameter placeholder -> the real parameter.
     inputs: what the graph was first called with, in order; fakes: their fake values. compile_arguments: what
     Inductor's own compile step needs besides. attention_mask: the input that a caller gave by this name, if any.
+    unreadable: of the model's tensors, those that hold codes of which only their modules know the meaning.
     """
 
     graph: ParameterGraph
@@ -39,6 +45,12 @@ class Captured:
     fake_mode: FakeTensorMode
     compile_arguments: dict[str, Any]
     attention_mask: Node | None = None
+    unreadable: tuple[Refusal, ...] = ()
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """What its parameters were before, in a sentence each."""
+        return origins(list(self.tensors.values()))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -79,21 +91,26 @@ def capture(
             "call the model under torch.no_grad() or torch.inference_mode()"
         )
     real = list(example_inputs)
+    check_is_readable(real)
     paths = _parameter_paths(dynamo_graph, real)
     mask = _attention_mask(dynamo_graph, real)
+    codes = unreadable(_stored(dynamo_graph, real))
+    if codes:
+        _log.warning("%s and %d more: %s", codes[0].site, len(codes) - 1, codes[0].reason)
     _guard_identity(dynamo_graph, paths)
 
     def inner_compile(module: GraphModule, fakes: Sequence[Any], **arguments: Any) -> Any:
         with unset_fake_temporarily():
             # AOTAutograd compiles under its fake mode; whoever needs that mode finds it in Captured
-            return compile_graph(_captured(module, list(fakes), real, paths, mask, arguments))
+            captured = _captured(module, list(fakes), real, paths, mask, arguments)
+            return compile_graph(replace(captured, unreadable=codes))
 
     # AOTAutograd's cache is keyed by Dynamo's graph alone: it would hand out what Inductor, or another recipe,
     # compiled from the same model before
     with functorch_config.patch(enable_autograd_cache=False):
         return compile_fx(
             dynamo_graph,
-            real,
+            [_stand_in(value) if is_quantised(value) else value for value in real],
             inner_compile=inner_compile,
             config_patches=inductor_options or None,
         )
@@ -110,6 +127,23 @@ def check_has_values(parameters: Iterable[torch.Tensor]) -> None:
             "this model's weights are on device 'meta', which holds no values, where the CPU or an accelerator is "
             "allowed; load the model with from_pretrained, or fill it after model.to_empty(device=…)"
         )
+
+
+def check_is_readable(inputs: Iterable[Any]) -> None:
+    """Refuses tensors of classes that keep their values in other tensors and do not say what these stand for.
+
+    Raises:
+        ModelError: there is one.
+    """
+    for tensor in inputs:
+        # every tensor has a method of this name, for torch's own quantised dtypes
+        says_so = getattr(type(tensor), "dequantize", None) is not torch.Tensor.dequantize
+        if is_quantised(tensor) and not (says_so and isinstance(tensor, torch.nn.Parameter)):
+            raise ModelError(
+                f"a weight {list(tensor.shape)} is a {type(tensor).__name__}, where plain tensors and "
+                "parameters whose class has a dequantize() are allowed; load the model unquantised and give "
+                "options={'weights': 'int8'} (or 'int4') for small weights"
+            )
 
 
 def compile_alone(model: torch.nn.Module, backend: Callable[..., Any]) -> Any:
@@ -144,9 +178,19 @@ def _captured(
     assert fake_mode is not None
     by_node = {placeholders[index]: path for index, path in paths.items()}
     tensors = {placeholders[index]: real[index] for index in paths}
+    graph = ParameterGraph(module, by_node)
+    take_values(graph, [node for node, tensor in zip(placeholders, real, strict=True) if is_quantised(tensor)])
     values = [_without_guards(value) for value in real]
     attention_mask = None if mask is None else placeholders[mask]
-    return Captured(ParameterGraph(module, by_node), tensors, values, fakes, fake_mode, arguments, attention_mask)
+    return Captured(graph, tensors, values, fakes, fake_mode, arguments, attention_mask)
+
+
+def _stand_in(quantised: torch.Tensor) -> torch.Tensor:
+    """A fake plain tensor for a quantised one: traced with it, a graph has its products rather than its arithmetic."""
+    fake_mode = TracingContext.get().fake_mode
+    assert fake_mode is not None
+    with fake_mode:
+        return torch.empty(quantised.shape, dtype=quantised.dtype, device=quantised.device)
 
 
 def _without_guards(value: Any) -> Any:
@@ -170,6 +214,14 @@ def _parameter_paths(dynamo_graph: GraphModule, real: list[Any]) -> dict[int, st
                 paths[index] = path
                 named[path].add(id(tensor))
     return {index: path for index, path in paths.items() if len(named[path]) == 1}
+
+
+def _stored(dynamo_graph: GraphModule, real: list[Any]) -> dict[str, torch.Tensor]:
+    """Path -> parameter or buffer of a module, for those that the graph reads."""
+    placeholders = (node for node in dynamo_graph.graph.nodes if node.op == "placeholder")
+    sources = ((getattr(node, "_dynamo_source", None), tensor) for node, tensor in zip(placeholders, real, strict=True))
+    named = ((parameter_path(source.name), tensor) for source, tensor in sources if source is not None)
+    return {path: tensor for path, tensor in named if path and isinstance(tensor, torch.Tensor)}
 
 
 def _attention_mask(dynamo_graph: GraphModule, real: list[Any]) -> int | None:
@@ -197,14 +249,14 @@ def _guard_identity(dynamo_graph: GraphModule, paths: Iterable[int]) -> None:
 _PATH = re.compile(
     r"""
     (?: (?: \._modules | \.__dict__\['_modules'\] ) \['[^']+'\] )*
-    (?: \._parameters | \.__dict__\['_parameters'\] ) \['[^']+'\] $
+    (?: \._(?:parameters|buffers) | \.__dict__\['_(?:parameters|buffers)'\] ) \['[^']+'\] $
     """,
     re.VERBOSE,
 )
 
 
 def parameter_path(source: str) -> str:
-    """`L['self']._modules['model']._parameters['weight']` -> `model.weight`; "" if it names no parameter."""
+    """`L['self']._modules['model']._parameters['weight']` -> `model.weight`; "" if it names no parameter or buffer."""
     found = _PATH.search(source)
     names: list[str] = re.findall(r"\['([^']+)'\]", found[0]) if found else []
-    return ".".join(name for name in names if name not in ("_modules", "_parameters"))
+    return ".".join(name for name in names if name not in ("_modules", "_parameters", "_buffers"))

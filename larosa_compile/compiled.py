@@ -10,6 +10,7 @@ import larosa_compile.kernels.lowering  # noqa: F401  (registers the lowerings o
 from larosa_compile.capture import Boxed, Captured, boxed
 from larosa_compile.config import Config
 from larosa_compile.kernels.digest import source_digest
+from larosa_compile.passes.quantised import reads_quantised
 from larosa_compile.released import check_not_released
 from larosa_compile.weights import FoldedWeights
 
@@ -59,14 +60,14 @@ def compile_rewritten(captured: Captured, config: Config) -> CompiledGraph:
 
 
 def lower(captured: Captured, fakes: list[Any], arguments: dict[str, Any], config: Config) -> Boxed:
-    """A graph as it is, through Inductor, or as `config.lowering` says.
+    """A graph as it is, through Inductor, or as `config.lowering` says; operation by operation where it dequantises.
 
     Raises:
         ReleasedWeightsError: it reads a weight that was released.
     """
     check_not_released(tensor for node, tensor in captured.tensors.items() if node.users)
     module = captured.graph.module
-    if config.lowering == "eager":
+    if config.lowering == "eager" or reads_quantised(captured.graph):
         return boxed(lambda inputs: module(*inputs))
     # Inductor's cache does not see the source of lowerings and templates that others registered
     tag = f"{compiler_config.cache_key_tag}larosa-{source_digest()}"

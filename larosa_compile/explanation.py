@@ -76,7 +76,7 @@ def explain(
         rewritten = rewrite(planned.graph, choices, planned.fake_mode, share_tables=not packs)
         if recipe is not None and packs:
             rewritten = pack(planned.graph, rewritten, recipe.weights, planned.fake_mode)
-        graphs.append(report_of(rewritten, origin, packs=packs))
+        graphs.append(report_of(rewritten, captured, origin, packs=packs))
         return boxed(lambda inputs: module(*inputs))
 
     def backend(graph: GraphModule, inputs: Sequence[Any]) -> Any:

@@ -17,6 +17,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.utils import logging
 
+from larosa_compile import registry
 from larosa_compile.errors import MissingModelError, ModelError, OptionError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -51,6 +52,9 @@ def load_model(
         _clear_quantisation_marks(model)
     model.eval()
     model.to(target)  # type: ignore[arg-type]
+    if "gguf_file" in arguments:
+        dtype_name = str(arguments["dtype"]).removeprefix("torch.")
+        registry.remember_origin(model, f"were dequantised to {dtype_name} from {arguments['gguf_file']}")
     return model
 
 

@@ -148,7 +148,7 @@ class _SwitchingGraph:
                 "anew with what was learnt, without the sites at fault"
             )
             read = rewrite(parts.captured.copy().graph, {}, parts.captured.fake_mode)
-        report = report_of(read, described(recipe), faults, recipe.packs)
+        report = report_of(read, parts.captured, described(recipe), faults, recipe.packs)
         trace.report(report)
         registry.add_report(parts.captured.tensors.values(), report)
         trace.done(report)
@@ -161,7 +161,7 @@ class _SwitchingGraph:
 
 def _without_sites(captured: Captured, config: Config) -> Boxed:
     """A graph, perhaps a part of a model, in which no linear feeds a residual stream."""
-    report = report_of(rewrite(captured.copy().graph, {}, captured.fake_mode), "nothing to learn: no site")
+    report = report_of(rewrite(captured.copy().graph, {}, captured.fake_mode), captured, "nothing to learn: no site")
     registry.add_report(captured.tensors.values(), report)
     _log.info("a graph of this model has no linear that feeds a residual stream, so it stays dense")
     return lower_dense(captured, config)

@@ -17,6 +17,7 @@ _paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _recipes: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _collections: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _reports: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_origins: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def remember_paths(model: torch.nn.Module) -> None:
@@ -29,6 +30,18 @@ def path_of(parameter: Tensor) -> str | None:
     """The path of a parameter in the model it was remembered with."""
     path: str | None = _paths.get(parameter)
     return path
+
+
+def remember_origin(model: torch.nn.Module, origin: str) -> None:
+    """Makes reports say what the weights of `model` were before, such as "were dequantised from a.gguf"."""
+    for parameter in model.parameters():
+        _origins[parameter] = origin
+
+
+def origin_of(parameter: Tensor) -> str | None:
+    """What a parameter was before, if that is known."""
+    origin: str | None = _origins.get(parameter)
+    return origin
 
 
 def remember_recipe(model: torch.nn.Module, recipe: "Recipe") -> None:

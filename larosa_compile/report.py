@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
+from larosa_compile.capture import Captured
 from larosa_compile.passes.fold import FoldedSite
 from larosa_compile.passes.graph import Refusal, rows
 from larosa_compile.passes.pack import refuse_to_pack
@@ -83,7 +84,7 @@ class GraphReport:
     """One compiled graph. Byte counts are weight bytes read by one decode step of one sequence.
 
     rows: how many tokens the graph processes at once; with one, dropped weight rows are not read.
-    other_bytes: weights of linears that stay dense.
+    other_bytes: weights of linears that stay dense. origins: what weights were before they were folded, in sentences.
     """
 
     rows: str
@@ -93,6 +94,7 @@ class GraphReport:
     online: tuple[OnlineReport, ...]
     other_bytes: int
     refusals: tuple[Refusal, ...]
+    origins: tuple[str, ...] = ()
 
     def with_shares(self, shares: Mapping[str, float]) -> "GraphReport":
         """The same with what sites keep as it was measured. shares: by path; what is not there stays as it is."""
@@ -150,6 +152,7 @@ class GraphReport:
             f"linear weight bytes per decoded token: {self.dense_bytes:,} dense, {self.sparse_bytes:,} sparse "
             f"({self.bytes_skipped_share:.1%} skipped{', on average: thresholds select' if self.is_average else ''})"
         )
+        header = "\n".join([header, *self.origins])
         names = "\n".join(f"{name} is the basis of {basis}" for basis, name in short.items() if basis is not None)
         tables = [_text(table) for table in (streams, sites, online, refusals) if table.row_count]
         return "\n\n".join(filter(None, [header, *tables, names]))
@@ -174,8 +177,10 @@ def _joined(paths: tuple[str, ...]) -> str:
     return " + ".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
 
 
-def report_of(rewritten: Rewritten, recipe: str, faults: Sequence[Refusal] = (), packs: bool = False) -> GraphReport:
-    """The report of one rewritten graph.
+def report_of(
+    rewritten: Rewritten, captured: Captured, recipe: str, faults: Sequence[Refusal] = (), packs: bool = False
+) -> GraphReport:
+    """The report of one rewritten graph, and of the captured one that it was made from.
 
     recipe: where its choices come from, in a few words. faults: what the self-check took out, and why. packs: whether
     its weights were to be in fewer bits.
@@ -210,8 +215,9 @@ def report_of(rewritten: Rewritten, recipe: str, faults: Sequence[Refusal] = (),
     ]
     tokens = str(rows(plan.facts.linears[0].activation)) if plan.facts.linears else "0"
     # what a site was taken out for says more than that the plan has no choice for it
-    reasons = {refusal.site: refusal for refusal in (*plan.refusals, *unpacked, *faults)}
-    return GraphReport(tokens, recipe, streams, sites, online, other, tuple(reasons.values()))
+    reasons = {refusal.site: refusal for refusal in (*captured.unreadable, *plan.refusals, *unpacked, *faults)}
+    refusals = tuple(reasons.values())
+    return GraphReport(tokens, recipe, streams, sites, online, other, refusals, captured.origins)
 
 
 def _site_report(folded: FoldedSite, reads_stream: bool, writes_stream: bool) -> SiteReport:

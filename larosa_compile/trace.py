@@ -59,6 +59,8 @@ class Trace:
         """What was done, and what stays dense."""
         self._show("report.txt", lambda: str(report))
         self._show("stream.svg", lambda: draw_streams(report))
+        for origin in report.origins:
+            _log.info("%s", origin)
         for refusal in report.refusals:
             _log.debug("%s stays dense: %s", refusal.site, refusal.reason)
 

@@ -12,9 +12,13 @@ from torch import Tensor
 from larosa_compile.capture import Captured
 from larosa_compile.errors import StaleWeightsError
 from larosa_compile.passes.parameters import Parameters
+from larosa_compile.passes.quantised import stored_in
 from larosa_compile.passes.rewriting import FoldedTensor
 from larosa_compile.recipe import Recipe
 from larosa_compile.released import check_not_released, is_released, release, return_freed_memory
+
+Version = tuple[tuple[int, int], ...]
+"""What tells whether a parameter was written to: a count and an address for each tensor that holds its values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +26,7 @@ class FoldedWeight:
     """A folded tensor and the parameters it was made of, at the versions it was made from."""
 
     tensor: Tensor
-    sources: tuple[tuple[weakref.ref[Tensor], tuple[int, int]], ...]
+    sources: tuple[tuple[weakref.ref[Tensor], Version], ...]
 
     def is_made_of(self, parameters: list[Tensor]) -> bool:
         return len(parameters) == len(self.sources) and all(
@@ -31,12 +35,12 @@ class FoldedWeight:
         )
 
 
-def _version(parameter: Tensor) -> tuple[int, int]:
+def _version(parameter: Tensor) -> Version:
     """Changes when the parameter is written to, and when its `data` is replaced."""
-    return parameter._version, 0 if is_released(parameter) else parameter.data_ptr()
+    return tuple((held._version, 0 if is_released(held) else held.data_ptr()) for held in stored_in(parameter))
 
 
-def _is_unchanged(parameter: Tensor, version: tuple[int, int]) -> bool:
+def _is_unchanged(parameter: Tensor, version: Version) -> bool:
     """Whether a parameter still has the values it had at `version`; nobody can write to a released one."""
     return is_released(parameter) or _version(parameter) == version
 

@@ -16,6 +16,7 @@ from larosa_compile.passes.fold import FoldedSite, fold_sites
 from larosa_compile.passes.graph import ParameterGraph, aten
 from larosa_compile.passes.pack import pack_sites
 from larosa_compile.passes.plan import Plan, SiteChoice, make_plan
+from larosa_compile.passes.quantised import store_values
 from larosa_compile.passes.rewriting import FoldedTensor, GraphEditor
 from larosa_compile.passes.rotate import OnlineRotation, insert_rotations
 from larosa_compile.passes.sparsify import sparsify_sites
@@ -71,6 +72,7 @@ def rewrite(
     finish("sparsify")
     specialise_one_row(editor)
     finish("decode")
+    store_values(editor)
 
     _propagate(graph, fake_mode)
     return Rewritten(plan, sparse_sites, editor.folded, tuple(online))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import assets
+from larosa_compile.arrival import origins
 
 
 @pytest.mark.parametrize("name", assets.TEXTS)
@@ -37,6 +38,8 @@ def test_missing_gguf(tmp_path: Path) -> None:
 
 def test_smollm2_is_an_ordinary_tied_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = assets.load_model("smollm2", torch.bfloat16)
+    (origin,) = origins(list(model.parameters()))
+    assert origin.endswith("weights were dequantised to bfloat16 from SmolLM2-135M-Instruct.Q4_1.gguf")
     assert capfd.readouterr() == ("", "")
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

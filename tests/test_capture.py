@@ -29,7 +29,7 @@ def _reset() -> Iterator[None]:
         ("G['model']._modules['head']._parameters['weight']", "head.weight"),
         ("L['fn'].__closure__[0].cell_contents._modules['head']._parameters['weight']", "head.weight"),
         ("L['x']", ""),
-        ("L['self']._buffers['table']", ""),
+        ("L['self']._modules['rope']._buffers['table']", "rope.table"),
     ],
 )
 def test_spellings_of_a_source(source: str, path: str) -> None:

@@ -22,15 +22,18 @@ from tests.support.interpreted import interpret
 TOKENS = 7
 """Of which the median is taken in bfloat16."""
 
+PACKED = "int4"
+"""A format of weights in which some sites have 4 bits, and the others those of "int8"."""
+
 MAX_LAUNCHES = 9
 """Per layer, beyond attention and the update of its cache."""
 
 
 @functools.cache
-def seven_billion(rotated: str | None) -> Generated:
+def seven_billion(rotated: str | None, weights: str = "model") -> Generated:
     """Two layers of a Llama of 7B widths in bfloat16; nobody gives its weights memory."""
     model = shapes.skeleton(shapes.SHAPES["llama-7b"].config(2))
-    return decode_program(DecodeStep(model), every_site(0.5, rotated), mode="reduce-overhead")
+    return decode_program(DecodeStep(model), every_site(0.5, rotated), mode="reduce-overhead", weights=weights)
 
 
 def layers(generated: Generated, templates: tuple[int, ...]) -> list[list[str]]:
@@ -51,9 +54,12 @@ def layers(generated: Generated, templates: tuple[int, ...]) -> list[list[str]]:
 
 
 # an adapter is a fifth template; where layers share a basis, the last one's leads back to the model's own
-@pytest.mark.parametrize(("rotated", "templates"), [("layer", (5, 5)), ("model", (4, 5))])
-def test_launches_per_layer(rotated: str, templates: tuple[int, ...]) -> None:
-    generated = seven_billion(rotated)
+@pytest.mark.parametrize(
+    ("rotated", "templates", "weights"),
+    [("layer", (5, 5), "model"), ("model", (4, 5), "model"), ("layer", (5, 5), PACKED)],
+)
+def test_launches_per_layer(rotated: str, templates: tuple[int, ...], weights: str) -> None:
+    generated = seven_billion(rotated, weights)
     for launches, count in zip(layers(generated, templates), templates, strict=True):
         assert sum(name.startswith("triton_tem_") for name in launches) == count
         assert len(launches) <= MAX_LAUNCHES - (count == 4)
@@ -87,7 +93,7 @@ class Result:
 
 
 def on_the_cpu(step: DecodeStep, recipe: Recipe, tokens: int) -> list[Tensor]:
-    """Logits of the backend for several tokens, the step's own first."""
+    """Logits of the backend for several tokens, the step's own first; weights in the recipe's format."""
     torch._dynamo.reset()
     step = copy.deepcopy(step)
     compiled = torch.compile(
@@ -111,8 +117,8 @@ def as_float32(step: DecodeStep) -> DecodeStep:
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[torch.dtype, Result]:
-    programs, made = [], {}
+def results() -> dict[torch.dtype | str, Result]:
+    programs, made = [], dict[torch.dtype | str, Result]()
     sizes = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 1100}  # down is a sum in parts
     recipe = larosa_compile.calibrate(tiny_model("llama", **sizes), [token_ids(4, 32)], 0.5)
     # where less is dropped, it matters less which of two nearly equal entries a rounding drops
@@ -127,19 +133,26 @@ def results() -> dict[torch.dtype, Result]:
         for _ in range(tokens):
             programs.append((generated.program, generated.arguments(step, chosen.rotations)))
             step.inputs[0] = step.inputs[0] + 1
+    step, packed = DecodeStep(tiny_model("llama", **sizes)), recipe.with_weights(PACKED)
+    made[PACKED] = Result([], on_the_cpu(step, packed, 1), [])
+    generated = decode_program(step, by_recipe(packed), weights=PACKED)
+    programs.append((generated.program, generated.arguments(step, packed.rotations)))
     outputs = iter(interpret(programs))
     for result in made.values():
         result.found = [next(outputs)[-1] for _ in result.expected]
     return made
 
 
-def test_the_interpreted_step_equals_the_cpu_backend(results: dict[torch.dtype, Result]) -> None:
-    result = results[torch.float32]
+@pytest.mark.parametrize("weights", [torch.float32, PACKED])
+def test_the_interpreted_step_equals_the_cpu_backend(
+    results: dict[torch.dtype | str, Result], weights: torch.dtype | str
+) -> None:
+    result = results[weights]
     assert result.found[0].shape == result.expected[0].shape
     assert relative_error(result.found[0], result.expected[0]) < 1e-5
 
 
-def test_in_bfloat16_it_is_as_close_to_float32_as_the_cpu_backend(results: dict[torch.dtype, Result]) -> None:
+def test_in_bfloat16_it_is_as_close_to_float32_as_the_cpu_backend(results: dict[torch.dtype | str, Result]) -> None:
     """In the median: for a single token, a rounding may decide between two nearly equal entries, on either side."""
     result = results[torch.bfloat16]
     found, expected = (

@@ -13,9 +13,11 @@ from benchmarks import gpu_model, gpu_offline
 from benchmarks.gpu_model import DEVICES, GPU_SHAPES, Assumptions
 from benchmarks.shapes import Shape
 from larosa_compile import machine
+from larosa_compile.kernels.formats import FORMATS
 
 TINY = Shape("llama", 512, 1024, 2, 8, 4, 96, False)
-KERNEL_FIELDS = {"template", "target", "dtype", "shape", "regs", "spills", "shared", "instructions", "load_bits"}
+CODE_FIELDS = {"regs", "spills", "shared", "instructions", "load_bits"}
+KERNEL_FIELDS = {"template", "target", "dtype", "shape", "weights"} | CODE_FIELDS
 LAYER_FIELDS = {"template", "target", "dtype", "shape", "sparsity", "bytes", "model_us", "dense_model_us", "ratio"}
 EIGHT, H100 = GPU_SHAPES["llama-8b"], DEVICES["sm_90"]
 
@@ -66,6 +68,7 @@ def test_the_passes_that_the_model_counts_are_those_of_the_source() -> None:
 def test_records_of_a_tiny_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(GPU_SHAPES, "tiny", TINY)
     monkeypatch.setattr(machine, "READ_BYTES", 2**20)
+    monkeypatch.setattr(gpu_offline, "FORMATS", {"int4": FORMATS["int4"]})  # has products of both
     file = tmp_path / "offline.json"
     arguments = ["gpu_offline", "--shapes", "tiny", "--dtypes", "bf16", "--targets", "sm_90", "--json", str(file)]
     monkeypatch.setattr(sys, "argv", arguments)
@@ -76,7 +79,8 @@ def test_records_of_a_tiny_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert found["meta"]["timed"] == "no GPU was timed" and len(found["meta"]["assumptions"]) == 5
     kernels = [record for record in found["records"] if "regs" in record]
     layers = [record for record in found["records"] if "regs" not in record]
-    assert len(kernels) == 9 and all(record.keys() >= KERNEL_FIELDS for record in kernels)
+    assert len(kernels) == 18 and {record["weights"] for record in kernels} == {"model", "int4"}
+    assert all(record.keys() >= KERNEL_FIELDS for record in kernels)
     assert all(record["spills"] == 0 and record["launches_per_layer"] == 9 for record in kernels)
     assert len(layers) == 15 and all(record.keys() >= LAYER_FIELDS for record in layers)
     assert {8, 9} < {record["launches_per_layer"] for record in layers}

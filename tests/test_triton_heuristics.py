@@ -5,6 +5,7 @@ import torch
 
 from larosa_compile.kernels import reference, triton_threshold
 from larosa_compile.kernels import triton_heuristics as heuristics
+from larosa_compile.kernels.formats import FORMATS, WeightFormat
 from larosa_compile.kernels.heuristics import ceil_div
 
 SHAPES = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (11008, 4096), (101, 33), (28672, 8192)]
@@ -19,6 +20,18 @@ def test_parts_cover_the_features(features: int, columns: int, processors: int) 
         for config in configs:
             assert config.parts * config.chunk >= features and config.chunk % config.block_k == 0
             assert config.parts == 1 or features >= config.parts * heuristics.MIN_CHUNK
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
+@pytest.mark.parametrize(("features", "columns"), SHAPES)
+def test_packed_parts_are_whole_groups(features: int, columns: int, form: WeightFormat) -> None:
+    lines = features + min(features, form.fine)
+    configs = heuristics.packed_configs(lines, columns, 1, form, 132)
+    assert len({config.parts for config in configs}) == 1
+    for config in configs:
+        assert config.block_k == form.group and config.chunk % form.group == 0
+        assert config.parts * config.chunk >= lines
+        assert config.block_n * form.bits // 8 in (64, 128, 256), "half a line of memory, one, or two"
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

@@ -15,9 +15,10 @@ from transformers import StaticCache
 from larosa_compile import compiled as compiling
 from larosa_compile.capture import Boxed, Captured, boxed, capture
 from larosa_compile.config import Config
-from larosa_compile.passes.pipeline import Rewritten, rewrite
+from larosa_compile.passes.pipeline import Rewritten, pack, rewrite
 from larosa_compile.passes.plan import SiteChoice
 from larosa_compile.recipe import Recipe
+from larosa_compile.recipe_checks import OWN_DTYPE
 from tests.support.decoder import Choice
 from tests.support.gpu_programs import Program, generate
 
@@ -67,7 +68,7 @@ class Generated:
     """A program for a decode step, and what decided it.
 
     inputs: name of a graph's input -> which of the step's `state` it is, for inputs that the passes did not add.
-    static: names of the inputs that keep their address from call to call.
+    static: names of the inputs that keep their address from call to call. weights: the format of the sites' weights.
     """
 
     program: Program
@@ -75,10 +76,11 @@ class Generated:
     inputs: dict[str, int]
     static: set[str]
     choose: "Choose"
+    weights: str = OWN_DTYPE
 
     def arguments(self, step: DecodeStep, rotations: Mapping[str, Tensor]) -> list[Tensor]:
         """The wrapper's arguments for the real step: copies of its state, and the weights folded on the CPU."""
-        captured, rewritten = rewritten_on_the_cpu(step, self.choose)
+        captured, rewritten = rewritten_on_the_cpu(step, self.choose, self.weights)
         parameters = {captured.graph.paths[node]: tensor for node, tensor in captured.tensors.items()}
         with torch.no_grad():
             made = {spec.key: spec.build(parameters, rotations) for spec in rewritten.folded.values()}
@@ -113,13 +115,20 @@ def every_site(sparsity: float = 0.5, rotated: str | None = "layer") -> Choose:
     return choose
 
 
-def rewritten_on_the_cpu(step: DecodeStep, choose: Choose) -> tuple[Captured, Rewritten]:
+def _rewritten(captured: Captured, choices: Mapping[str, SiteChoice], weights: str) -> Rewritten:
+    """As the backend rewrites a graph, in place."""
+    packs = weights != OWN_DTYPE
+    made = rewrite(captured.graph, choices, captured.fake_mode, share_tables=not packs)
+    return pack(captured.graph, made, weights, captured.fake_mode) if packs else made
+
+
+def rewritten_on_the_cpu(step: DecodeStep, choose: Choose, weights: str) -> tuple[Captured, Rewritten]:
     """The graph of the real step after the passes."""
     found: list[tuple[Captured, Rewritten]] = []
 
     def keep(captured: Captured) -> Boxed:
         captured, choices = choose(captured)
-        found.append((captured, rewrite(captured.graph, choices, captured.fake_mode)))
+        found.append((captured, _rewritten(captured, choices, weights)))
         return boxed(lambda values: captured.graph.module(*values))
 
     torch._dynamo.reset()
@@ -146,10 +155,12 @@ def _caught(graph: torch.fx.GraphModule, given: list[Any], keep: Any) -> Any:
     return stop
 
 
-def decode_program(step: DecodeStep, choose: Choose, target: str = "sm_90", mode: str | None = None) -> Generated:
+def decode_program(
+    step: DecodeStep, choose: Choose, target: str = "sm_90", mode: str | None = None, weights: str = OWN_DTYPE
+) -> Generated:
     """What the backend generates for `step`; weights may be on the meta device, nothing of them is read.
 
-    mode: of torch.compile, e.g. "reduce-overhead".
+    mode: of torch.compile, e.g. "reduce-overhead". weights: the format of the sites' weights.
     """
     fake = step.on_a_fake_gpu(FakeTensorMode())
     numbers = {id(tensor): number for number, tensor in enumerate(fake.state)}
@@ -159,7 +170,7 @@ def decode_program(step: DecodeStep, choose: Choose, target: str = "sm_90", mode
         placeholders = [node for node in captured.graph.graph.nodes if node.op == "placeholder"]
         inputs = {node.name: numbers[id(value)] for node, value in zip(placeholders, captured.inputs, strict=True)}
         captured, choices = choose(captured)
-        rewritten = rewrite(captured.graph, choices, captured.fake_mode)
+        rewritten = _rewritten(captured, choices, weights)
         static: set[str] = set()
 
         def keep_static(module: torch.fx.GraphModule, fakes: list[Any], **arguments: Any) -> Any:
@@ -168,11 +179,11 @@ def decode_program(step: DecodeStep, choose: Choose, target: str = "sm_90", mode
             return original(module, fakes, **arguments)
 
         original = compiling.compile_fx_inner
-        weights: Any = SimpleNamespace(tensors=[], check_fresh=lambda inputs: None)
+        no_weights: Any = SimpleNamespace(tensors=[], check_fresh=lambda inputs: None)
         with torch.no_grad():
             compiling.compile_fx_inner = keep_static
             try:
-                compiled = compiling.compile_rewritten(captured, Config()).with_weights(weights, Config())
+                compiled = compiling.compile_rewritten(captured, Config()).with_weights(no_weights, Config())
             finally:
                 compiling.compile_fx_inner = original
         made.append((rewritten, inputs, static))
@@ -186,4 +197,4 @@ def decode_program(step: DecodeStep, choose: Choose, target: str = "sm_90", mode
         backend=lambda graph, given: capture(graph, given, compile_graph, options),
     )
     ((rewritten, inputs, static),) = made
-    return Generated(program, rewritten, inputs, static, choose)
+    return Generated(program, rewritten, inputs, static, choose, weights)

@@ -1,0 +1,115 @@
+"""Perplexity against tokens per second, drawn from what `benchmarks.peers --json` wrote: one line for a peer's formats.
+
+Both were measured in one run, on the same tokens. larosa has a line for each format of weights, along its sparsities;
+any other peer has one along its types of weights. Lower and further right is better. Needs the extra `report`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from larosa_compile.plots import MARKERS, SERIES, figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LAROSA = "larosa"
+HEIGHT = 4.2
+"""Inches: points have names."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured of one peer. spread: of the tokens per second, lowest and highest median of a round."""
+
+    name: str
+    tokens_per_s: float
+    spread: tuple[float, float]
+    perplexity: float
+
+
+def lines_of(records: Sequence[dict[str, Any]]) -> dict[str, list[Point]]:
+    """Name of a line -> its points from slow to fast, for all records that have both numbers.
+
+    Raises:
+        ValueError: none has, or they are of several models.
+    """
+    measured = [record for record in records if record.get("tokens_per_s") and record.get("ppl")]
+    models = {record["model"] for record in measured}
+    if len(models) != 1:
+        raise ValueError(
+            f"a plot shows what was measured of one model, got {', '.join(sorted(models)) or 'no measurement'}; "
+            "give a file that `python -m benchmarks.peers --json FILE` wrote"
+        )
+    lines: dict[str, list[Point]] = {}
+    for record in measured:
+        is_larosa = record["peer"] == LAROSA
+        line = f"{LAROSA}, {record['weights']}" if is_larosa else record["peer"]
+        name = f"{record['sparsity']:.0%}" if is_larosa else record["weights"]
+        point = Point(name, record["tokens_per_s"], tuple(record["spread"]), record["ppl"])
+        lines.setdefault(line, []).append(point)
+    return {line: sorted(points, key=lambda point: point.tokens_per_s) for line, points in lines.items()}
+
+
+def drawn(lines: dict[str, list[Point]], model: str) -> str:
+    """The figure as SVG.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+
+    def draw(axes: "Axes") -> None:
+        for index, (name, points) in enumerate(lines.items()):
+            style: dict[str, Any] = {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
+            speeds, losses = [point.tokens_per_s for point in points], [point.perplexity for point in points]
+            below = [point.tokens_per_s - point.spread[0] for point in points]
+            above = [point.spread[1] - point.tokens_per_s for point in points]
+            # a peer's types of weights are no curve, larosa's sparsities are
+            joined = "-" if name.startswith(LAROSA) else "none"
+            axes.errorbar(
+                speeds, losses, xerr=[below, above], linestyle=joined, markersize=5, elinewidth=0.8, label=name, **style
+            )
+            # on either side, so that names of close points of larosa and others stay apart
+            aside: dict[str, Any] = (
+                {"xytext": (-5, 4), "ha": "right"} if name.startswith(LAROSA) else {"xytext": (5, -11), "ha": "left"}
+            )
+            for point in points:
+                place = (point.tokens_per_s, point.perplexity)
+                axes.annotate(point.name, place, textcoords="offset points", fontsize=8, color=style["color"], **aside)
+        axes.margins(x=0.1, y=0.12)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("tokens per second (bars: medians of rounds)")
+        axes.set_ylabel("perplexity")
+        axes.figure.legend(loc="outside upper left", ncols=2, columnspacing=1, handlelength=1.6)
+
+    svg = figure("peers", f"Perplexity against decode speed of {model}, measured", draw, HEIGHT + 0.2 * len(lines) / 2)
+    # on a page the text has its font
+    return svg.replace("<svg", '<svg font-family="sans-serif"', 1)
+
+
+def main() -> None:
+    arguments = parsed(sys.argv[1:])
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.files]
+    records = [record for one in found for record in one["records"]]
+    try:
+        lines = lines_of(records)
+    except ValueError as error:
+        sys.exit(f"benchmarks.plot: {error}")
+    arguments.output.write_text(drawn(lines, records[0]["model"]), encoding="utf-8")
+    print(f"{arguments.output}: {sum(map(len, lines.values()))} points in {len(lines)} series")
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what benchmarks.peers --json wrote")
+    parser.add_argument("-o", "--output", type=Path, default=Path("peers.svg"), help="the SVG (default: peers.svg)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

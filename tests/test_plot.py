@@ -1,0 +1,60 @@
+"""The plot of perplexity against speed: what is in it, and what it refuses."""
+
+import json
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="figures are drawn by matplotlib; `pip install larosa-compile[report]` has it")
+
+from benchmarks import plot
+
+
+def record(peer: str, weights: str, sparsity: float, speed: float | None, ppl: float | None) -> dict[str, Any]:
+    spread = [0.9 * speed, 1.1 * speed] if speed else None
+    found = {"peer": peer, "weights": weights, "sparsity": sparsity, "tokens_per_s": speed, "spread": spread}
+    return found | {"ppl": ppl, "model": "tiny"}
+
+
+RECORDS = [
+    record("larosa", "int8", 0.5, 70.0, 15.3),
+    record("larosa", "int8", 0.0, 45.0, 13.9),
+    record("larosa", "int4", 0.5, 86.0, 15.9),
+    record("llama.cpp", "q8_0", 0.0, 60.0, 14.3),
+    record("llama.cpp", "q4_0", 0.0, 85.0, 15.8),
+    record("openvino", "q8_0", 0.0, 50.0, None),
+    record("torchao", "int8", 0.0, None, None),
+]
+
+
+def test_lines_are_formats_of_larosa_and_other_peers() -> None:
+    lines = plot.lines_of(RECORDS)
+    names = {line: [point.name for point in points] for line, points in lines.items()}
+    assert names == {"larosa, int8": ["0%", "50%"], "larosa, int4": ["50%"], "llama.cpp": ["q8_0", "q4_0"]}
+
+
+def test_a_file_is_drawn_with_names_and_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "peers.json", tmp_path / "curve.svg"
+    source.write_text(json.dumps({"meta": {}, "records": RECORDS}))
+    monkeypatch.setattr(sys, "argv", ["plot", str(source), "-o", str(target)])
+    plot.main()
+    assert "5 points in 3 series" in capsys.readouterr().out
+    root = ElementTree.parse(target).getroot()
+    said = [
+        re.sub(r"\s+", " ", "".join(element.itertext())).strip() for element in root.iter() if "text" in element.tag
+    ]
+    for text in ("llama.cpp", "q4_0", "larosa, int8", "50%", "perplexity"):
+        assert text in said
+    assert any(text.startswith("tokens per second") for text in said)
+
+
+@pytest.mark.parametrize("records", [[], [RECORDS[0], RECORDS[1] | {"model": "other"}]])
+def test_nothing_and_several_models_are_refused(records: list[dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match=r"of one model, got (no measurement|other, tiny)"):
+        plot.lines_of(records)
