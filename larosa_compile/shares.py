@@ -1,18 +1,16 @@
 """What a sparse model keeps on some text, site by site: what thresholds promise on average, counted."""
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from larosa_compile.capture import Boxed, Captured, boxed, capture, compile_alone
 from larosa_compile.kernels import ops, reference
-from larosa_compile.passes.pipeline import Rewritten, rewrite
+from larosa_compile.passes.pipeline import Rewritten
 from larosa_compile.recipe import Recipe
-from larosa_compile.weights import FoldedWeights
+from larosa_compile.stepwise import compile_stepwise
 
 
 class CountingModel:
@@ -22,9 +20,10 @@ class CountingModel:
     """
 
     def __init__(self, model: torch.nn.Module, recipe: Recipe) -> None:
-        self._recipe = recipe
         self._kept, self._seen = Counter[str](), Counter[str]()
-        self._compiled = compile_alone(model, self._backend)
+        self._compiled = compile_stepwise(
+            model, recipe, lambda module, rewritten: _Counting(module, rewritten, self._kept, self._seen)
+        )
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         with torch.no_grad():
@@ -34,16 +33,6 @@ class CountingModel:
     def shares(self) -> dict[str, float]:
         """By path of a linear: the share of its input's entries that were not zero behind the selection."""
         return {path: self._kept[path] / seen for path, seen in self._seen.items()}
-
-    def _backend(self, graph: GraphModule, inputs: Sequence[Any]) -> Any:
-        return capture(graph, inputs, self._count_graph)
-
-    def _count_graph(self, captured: Captured) -> Boxed:
-        attempt = captured.copy().renamed(self._recipe.locate(captured.shapes))
-        rewritten = rewrite(attempt.graph, self._recipe.sites, captured.fake_mode)
-        weights = FoldedWeights(list(rewritten.folded.values()), attempt, self._recipe)
-        run = _Counting(attempt.graph.module, rewritten, self._kept, self._seen)
-        return boxed(lambda inputs: run.run(*inputs, *weights.tensors, enable_io_processing=False))
 
 
 class _Counting(Interpreter):

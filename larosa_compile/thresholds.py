@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from larosa_compile.capture import Boxed, Captured, boxed, capture, compile_alone
 from larosa_compile.kernels import ops
-from larosa_compile.passes.pipeline import Rewritten, rewrite
+from larosa_compile.passes.pipeline import Rewritten
 from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import Recipe
 from larosa_compile.site import QUANTILES
-from larosa_compile.weights import FoldedWeights
+from larosa_compile.stepwise import compile_stepwise
 
 _SHIFT = 15
 """Bits of a float32 that a bin of the histogram leaves out: eight of the mantissa are left, bins 0.4 % wide."""
@@ -63,17 +62,9 @@ def with_thresholds(model: torch.nn.Module, recipe: Recipe, batches: Sequence[Te
     measured: dict[tuple[str, ...], Magnitudes] = {}
     planned = {path: replace(site, sparsity=max(site.sparsity, _MEASURED_FROM)) for path, site in recipe.sites.items()}
 
-    def measure_graph(captured: Captured) -> Boxed:
-        attempt = captured.copy().renamed(recipe.locate(captured.shapes))
-        rewritten = rewrite(attempt.graph, planned, captured.fake_mode)
-        weights = FoldedWeights(list(rewritten.folded.values()), attempt, recipe)
-        run = _Measuring(attempt.graph.module, rewritten, recipe, measured)
-        return boxed(lambda inputs: run.run(*inputs, *weights.tensors, enable_io_processing=False))
-
-    def backend(graph: GraphModule, inputs: Sequence[Any]) -> Any:
-        return capture(graph, inputs, measure_graph)
-
-    compiled = compile_alone(model, backend)
+    compiled = compile_stepwise(
+        model, recipe, lambda module, rewritten: _Measuring(module, rewritten, recipe, measured), planned
+    )
     with torch.no_grad(), progress_bar(progress) as bar:
         for batch in bar.track(batches, description="thresholds"):
             compiled(input_ids=batch, use_cache=False)
