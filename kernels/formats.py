@@ -14,7 +14,7 @@ block of 4-bit codes is 16 little-endian words of 32 bits; word w holds `code + 
 `4 n` to `4 n + 3`: a shift and a mask of all words give 16 columns in order, whatever the width of the vectors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ PACKED_DTYPE = torch.uint8
 BLOCK_BYTES = 64
 _WORDS = BLOCK_BYTES // 4
 _SLICE = 4096
-"""Columns that are rounded at a time: what is in float32 meanwhile stays small."""
+"""Columns that are rounded at a time: what is not rounded yet stays small. Whole blocks of every format."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,18 @@ def pack(weight: Tensor, form: WeightFormat) -> Tensor:
         uint8, `form.shape(features, columns)`, on the same device.
     """
     features, columns = weight.shape
-    packed = torch.zeros(form.shape(features, columns), dtype=PACKED_DTYPE, device=weight.device)
-    for group in _groups(packed, features, form):
-        for start in range(0, columns, _SLICE):
-            part = weight[group.features, start : start + _SLICE].float()
+    return pack_columns(lambda chosen: weight[:, chosen], features, columns, form, weight.device)
+
+
+def pack_columns(
+    weight: Callable[[slice], Tensor], features: int, columns: int, form: WeightFormat, device: torch.device
+) -> Tensor:
+    """`pack` of a weight that need not be there as a whole: `weight` makes some of its columns, [features, chosen]."""
+    packed = torch.zeros(form.shape(features, columns), dtype=PACKED_DTYPE, device=device)
+    for start in range(0, columns, _SLICE):
+        chosen = weight(slice(start, min(start + _SLICE, columns)))
+        for group in _groups(packed, features, form):
+            part = chosen[group.features].float()
             scale = _scale(part, group.range)
             codes = (part / torch.where(scale == 0, 1.0, scale)).round_().clamp_(*group.range)
             encoded = _encode(_halves(codes) if group.is_fine else codes, form)

@@ -103,14 +103,21 @@ class FoldedWeights:
 
 def _fold(spec: FoldedTensor, parameters: Parameters, recipe: Recipe) -> FoldedWeight:
     sources = [parameters[path] for path in spec.paths]
-    key = (recipe.rotations_digest, spec.key, str(spec.device), *map(id, sources))
-    known = _folded.get(key)
-    if known is None or not known.is_made_of(sources):
+    key, known = _known(spec, sources, recipe)
+    if known is None:
         check_not_released(sources)
-        if spec.source is not None and spec.convert is not None:
-            tensor = spec.convert(_fold(spec.source, parameters, recipe).tensor)
+        plain = _known(spec.source, sources, recipe)[1] if spec.source is not None else None
+        if plain is not None and spec.convert is not None:
+            tensor = spec.convert(lambda columns: plain.tensor[:, columns])
         else:
             tensor = spec.build(parameters, recipe.rotations)
         known = FoldedWeight(tensor, tuple((weakref.ref(p), _version(p)) for p in sources))
         _folded[key] = known
     return known
+
+
+def _known(spec: FoldedTensor, sources: list[Tensor], recipe: Recipe) -> tuple[tuple[object, ...], FoldedWeight | None]:
+    """The key of a folded weight, and the weight if it is there and its parameters are as they were."""
+    key = (recipe.rotations_digest, spec.key, str(spec.device), *map(id, sources))
+    known = _folded.get(key)
+    return key, known if known is not None and known.is_made_of(sources) else None

@@ -154,16 +154,23 @@ def _packed_weight(folds: list[LinearFold]) -> FoldedTensor:
     rows, columns = folds[0].linear.in_features, sum(fold.linear.out_features for fold in folds)
 
     def build(parameters: Parameters, rotations: Rotations) -> torch.Tensor:
-        packed = torch.empty(rows, columns, dtype=fake.dtype, device=fake.device)
-        start = 0
+        return some(parameters, rotations, slice(0, columns))
+
+    def some(parameters: Parameters, rotations: Rotations, chosen: slice) -> torch.Tensor:
+        packed = torch.empty(rows, chosen.stop - chosen.start, dtype=fake.dtype, device=fake.device)
+        end = 0
         for fold in folds:
-            end = start + fold.linear.out_features
-            weight = fold.linear.weight.evaluate(parameters)
-            _fold_into(packed[:, start:end], fold, weight, parameters, rotations)
-            start = end
+            start, end = end, end + fold.linear.out_features
+            first, last = max(start, chosen.start), min(end, chosen.stop)
+            if first < last:
+                out = packed[:, first - chosen.start : last - chosen.start]
+                weight = fold.linear.weight.evaluate(parameters)
+                _fold_into(out, fold, weight, parameters, rotations, slice(first - start, last - start))
         return packed
 
-    return FoldedTensor(_key("weight", folds), _paths(folds), (rows, columns), fake.dtype, fake.device, build)
+    return FoldedTensor(
+        _key("weight", folds), _paths(folds), (rows, columns), fake.dtype, fake.device, build, columns=some
+    )
 
 
 def _stacked_weight(fold: LinearFold) -> FoldedTensor:
@@ -182,10 +189,21 @@ def _stacked_weight(fold: LinearFold) -> FoldedTensor:
 
 
 def _fold_into(
-    out: torch.Tensor, fold: LinearFold, weight: torch.Tensor, parameters: Parameters, rotations: Rotations
+    out: torch.Tensor,
+    fold: LinearFold,
+    weight: torch.Tensor,
+    parameters: Parameters,
+    rotations: Rotations,
+    columns: slice = slice(None),
 ) -> None:
+    """columns: which of the folded weight's; a rotation of the outputs mixes all of the weight's into each."""
     scale = fold.affine.evaluate(parameters)[0] if fold.affine else None
-    fold_weight(weight, scale, matrix(rotations, fold.read), matrix(rotations, fold.write), out)
+    write = matrix(rotations, fold.write)
+    if write is None:
+        weight = weight[:, columns]
+    else:
+        write = write[:, columns]
+    fold_weight(weight, scale, matrix(rotations, fold.read), write, out)
 
 
 def _packed_bias(folds: list[LinearFold]) -> FoldedTensor:

@@ -11,13 +11,14 @@ sorted, in the linears that read no stream.
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import Tensor
 from torch.fx import Node
 
 from larosa_compile.kernels import ops
-from larosa_compile.kernels.formats import FORMATS, PACKED_DTYPE, WeightFormat, pack
+from larosa_compile.kernels.formats import FORMATS, PACKED_DTYPE, WeightFormat, pack_columns
 from larosa_compile.passes.fold import FoldedSite
 from larosa_compile.passes.plan import Site
-from larosa_compile.passes.rewriting import GraphEditor
+from larosa_compile.passes.rewriting import Columns, GraphEditor
 
 UNSORTED = FORMATS["int8"]
 
@@ -49,7 +50,11 @@ def _read_packed(editor: GraphEditor, product: Node, form: WeightFormat) -> Node
     assert isinstance(weight, Node)
     plain = editor.folded[weight]
     features, columns = plain.shape
-    packed = plain.converted(form.name, form.shape(features, columns), PACKED_DTYPE, lambda weight: pack(weight, form))
+
+    def convert(weight: Columns) -> Tensor:
+        return pack_columns(weight, features, columns, form, plain.device)
+
+    packed = plain.converted(form.name, form.shape(features, columns), PACKED_DTYPE, convert)
     with editor.graph.inserting_before(product):
         read = editor.folded_input(f"{weight.name}_{form.name}", packed)
         name = f"{product.name}_{form.name}"

@@ -17,6 +17,9 @@ from larosa_compile.passes.equivariance import rotation_operands
 from larosa_compile.passes.graph import ParameterGraph, aten, prims, value
 from larosa_compile.passes.parameters import Parameters
 
+Columns = Callable[[slice], torch.Tensor]
+"""Makes some columns of a weight [features, columns]."""
+
 
 @dataclass(frozen=True)
 class FoldedTensor:
@@ -24,7 +27,8 @@ class FoldedTensor:
 
     key: spells everything the value depends on but the parameters' contents and the recipe.
     paths: the parameters it is made of. build: computes it in float64 and rounds once, to `dtype`.
-    source: another folded tensor that it is made of, by `convert`, where that one is there already.
+    columns: some columns of a weight, as `build` makes all. source: the folded weight that this one is made of, by
+    `convert`, column by column, so that it need not be there as a whole.
     """
 
     key: str
@@ -33,18 +37,22 @@ class FoldedTensor:
     dtype: torch.dtype
     device: torch.device
     build: Callable[[Parameters, Rotations], torch.Tensor]
+    columns: Callable[[Parameters, Rotations, slice], torch.Tensor] | None = None
     source: "FoldedTensor | None" = None
-    convert: Callable[[torch.Tensor], torch.Tensor] | None = None
+    convert: Callable[[Columns], torch.Tensor] | None = None
 
     def converted(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, convert: Callable[[torch.Tensor], torch.Tensor]
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, convert: Callable[[Columns], torch.Tensor]
     ) -> "FoldedTensor":
-        """What `convert` makes of this one. `name`: of the conversion."""
+        """What `convert` makes of the columns of this weight. `name`: of the conversion."""
+        make = self.columns
+        assert make is not None
 
         def build(parameters: Parameters, rotations: Rotations) -> torch.Tensor:
-            return convert(self.build(parameters, rotations))
+            return convert(partial(make, parameters, rotations))
 
-        return FoldedTensor(f"{name} of {self.key}", self.paths, shape, dtype, self.device, build, self, convert)
+        key = f"{name} of {self.key}"
+        return FoldedTensor(key, self.paths, shape, dtype, self.device, build, source=self, convert=convert)
 
     @property
     def bytes(self) -> int:

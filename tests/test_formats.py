@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
 from larosa_compile.kernels import formats
-from larosa_compile.kernels.formats import FORMATS, WeightFormat, pack, unpack
+from larosa_compile.kernels.formats import FORMATS, WeightFormat, pack, pack_columns, unpack
 
 EACH = pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
 SIZES = [(1, 1), (64, 128), (65, 64), (100, 130), (200, 5000)]
@@ -99,3 +100,15 @@ def test_wrong_names_and_shapes() -> None:
         unpack(pack(torch.ones(64, 64), form).view(torch.int8), 64, 64, form)
     with pytest.raises(ValueError, match=r"got torch\.uint8 \[3, 64\]"):
         unpack(torch.zeros(3, 64, dtype=torch.uint8), 64, 64, form)
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
+def test_a_weight_is_packed_a_few_columns_at_a_time(form: WeightFormat) -> None:
+    weight, asked = torch.randn(70, 9000), []
+
+    def some(columns: slice) -> Tensor:
+        asked.append(columns.stop - columns.start)
+        return weight[:, columns]
+
+    found = pack_columns(some, 70, 9000, form, weight.device)
+    assert torch.equal(found, pack(weight, form)) and max(asked) < 5000 and sum(asked) == 9000

@@ -172,3 +172,22 @@ def test_the_recipe_says_the_format_and_the_option_overrides_it(tmp_path: Path) 
         BackendCompilerFailed, match="OptionError: option 'weights' must be one of 'model', 'int8', 'int4', got 'int3'"
     ):
         compiled(model, recipe=own, weights="int3")(input_ids=ids)
+
+
+def test_columns_of_a_folded_weight_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of linears side by side, with scales, and with a rotation of what they read or write."""
+    model = tiny_model("llama", num_hidden_layers=2)
+    recipe, build, seen = calibrated(model, 0.5), weights._fold, []
+
+    def checking(spec: Any, parameters: Any, recipe: Recipe) -> Any:
+        if spec.columns is not None:
+            whole, last = spec.build(parameters, recipe.rotations), spec.shape[1] - 1
+            for chosen in (slice(0, 5), slice(7, last), slice(last, last + 1)):
+                some = spec.columns(parameters, recipe.rotations, chosen)
+                torch.testing.assert_close(some, whole[:, chosen], rtol=1e-5, atol=1e-6)
+            seen.append(spec.key)
+        return build(spec, parameters, recipe)
+
+    monkeypatch.setattr(weights, "_fold", checking)
+    logits(compiled(model, recipe=recipe, lowering="eager", self_check=False), token_ids(1, 3))
+    assert len(seen) == 9 and any(" | " in key for key in seen)
