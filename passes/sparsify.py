@@ -69,7 +69,9 @@ def _keep_largest(editor: GraphEditor, folded: FoldedSite) -> None:
 
 
 def _keep_above(editor: GraphEditor, folded: FoldedSite) -> FoldedSite:
-    site, activation = folded.site, folded.activation
+    # not `folded.activation`: a rotation computed at run time has become another node by now
+    site, activation = folded.site, folded.products[0].args[0]
+    assert isinstance(activation, Node)
     name = f"above {site.group.name.removesuffix('.weight')}"
 
     def above(dense: Node) -> Node:

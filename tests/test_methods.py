@@ -37,7 +37,8 @@ def _reset() -> Iterator[None]:
 
 @cache
 def calibrated(name: str) -> tuple[PreTrainedModel, Recipe]:
-    model = tiny_model("llama", num_hidden_layers=1)
+    # wide enough a vocabulary for the head's input to be rotated at run time
+    model = tiny_model("llama", num_hidden_layers=1, vocab_size=320)
     return model, larosa_compile.calibrate(model, BATCHES, 0.5, progress=False, **METHODS[name])
 
 
