@@ -89,6 +89,7 @@ USAGE = [
     (f"{CALIBRATE} {TEXT} --context 1", "1", "2"),
     (f"{CALIBRATE} {TEXT} --allocate greedy", "greedy", "'paper', 'search'"),
     (f"{CALIBRATE} {TEXT} --allocate search", "got none", "give --search-text"),
+    (f"{CALIBRATE} {TEXT} --search-text {{}}/no.txt", "{}/no.txt is no file", "one that exists"),
     (f"{CALIBRATE} {TEXT} --resume {{}}/state", "got paper", "it is of --allocate search"),
     ("inspect", "Missing argument", "'RECIPE'"),
     ("inspect a b", "(b)", "unexpected extra argument"),

@@ -53,12 +53,10 @@ def break_fold(monkeypatch: pytest.MonkeyPatch, *broken: str) -> None:
     """Folds as if the norms before some weights had no scale, the mistake of folding nothing."""
     right = fold._fold_into
 
-    def wrong(
-        out: torch.Tensor, item: fold.LinearFold, weight: torch.Tensor, parameters: Parameters, rotations: Any
-    ) -> None:
+    def wrong(out: torch.Tensor, item: fold.LinearFold, *others: Any) -> None:
         if item.linear.path in broken:
             item = fold.LinearFold(item.linear, None, item.read, item.write)
-        right(out, item, weight, parameters, rotations)
+        right(out, item, *others)
 
     monkeypatch.setattr(fold, "_fold_into", wrong)
 
