@@ -12,6 +12,7 @@ from larosa_compile.passes.plan import kept_features
 from larosa_compile.passes.selection import TOP_K
 from larosa_compile.recipe import Recipe
 from larosa_compile.report import GraphReport
+from larosa_compile.site_search import search_sites
 from larosa_compile.thresholds import with_thresholds
 
 METHODS: dict[str, dict[str, str]] = {
@@ -100,16 +101,24 @@ class Recipes:
 
     def _calibrated(self, method: str) -> Recipe:
         if method not in self._made:
-            rotates = METHODS[method].keys().isdisjoint({"rotation", "method"})
-            arguments: Any = {"rotation": self.rotation} if rotates else {}
-            if method.endswith("-greedy"):
-                arguments["search"] = self.learnt[:1]
-            if "allocate" in METHODS[method]:
-                arguments |= {"search": self.searched, "resume": self.resume}
-            self._made[method] = larosa_compile.calibrate(
-                self.model, self.learnt, sparsity=0.5, **(METHODS[method] | arguments)
-            )
+            asked = METHODS[method]
+            if method != "larosa" and asked.keys() <= {"allocate", "selection"}:
+                self._made[method] = self._on_the_bases_of_larosa(asked)
+            else:
+                arguments: Any = {"rotation": self.rotation} if method == "larosa" else dict(asked)
+                if method.endswith("-greedy"):
+                    arguments["search"] = self.learnt[:1]
+                self._made[method] = larosa_compile.calibrate(self.model, self.learnt, sparsity=0.5, **arguments)
         return self._made[method]
+
+    def _on_the_bases_of_larosa(self, asked: dict[str, str]) -> Recipe:
+        """What `calibrate` would make with these arguments; its longest part, the bases, is made once for all."""
+        recipe = self._calibrated("larosa")
+        if "allocate" in asked:
+            recipe = search_sites(self.model, recipe, self.searched, resume=self.resume)
+        if "selection" in asked:
+            recipe = with_thresholds(self.model, recipe.with_selection(asked["selection"]), self.learnt)
+        return recipe
 
 
 def promises_an_average(recipe: Recipe) -> bool:

@@ -1,9 +1,11 @@
-"""How the tests run: cores shared between processes, the longest files first."""
+"""How the tests run: cores shared between processes, the longest files first; and what many of them need."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 
 def pytest_configure() -> None:
@@ -18,3 +20,12 @@ LONGEST = ("test_smollm2.py", "test_backend.py")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: with several processes, whatever starts last is what the others wait for."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing that another test compiled or counted, and nothing left behind."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()

@@ -1,22 +1,15 @@
 """benchmarks.calibration: what it draws, records and shows, on a tiny model; never how good a recipe is."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from benchmarks import calibration
 from benchmarks.calibration import by_setting, drawing, drawn, measured, parsed, table
 from tests.support.models import tiny_model, token_ids
 
-
-@pytest.fixture(autouse=True)
-def _reset() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def test_a_smaller_draw_begins_a_larger_one() -> None:

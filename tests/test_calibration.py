@@ -1,7 +1,7 @@
 """`calibrate`: what it measures, refuses, remembers, and that it leaves the model alone."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,11 +26,7 @@ from tests.support.simulation import simulated
 BATCHES = [token_ids(4, 16, seed) for seed in range(2)]
 
 
-@pytest.fixture(autouse=True)
-def _reset() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """From a Dynamo graph to ATen: inputs, parameters by path, modes, caches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,12 +11,7 @@ from torch.fx import GraphModule
 from larosa_compile.capture import Boxed, Captured, boxed, capture, parameter_path
 from tests.support.decoder import Decoder, ids
 
-
-@pytest.fixture(autouse=True)
-def _reset() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,12 @@
 
 import copy
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 import larosa_compile
 from larosa_compile import registry
@@ -20,13 +18,7 @@ from larosa_compile.recipe import Recipe
 from tests.support.learning import DENSE, WANTED, check_equal, learning, logits, seen, small, sparse_logits, token_ids
 from tests.support.models import relative_error, tiny_model
 
-
-@pytest.fixture(autouse=True)
-def _reset() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """lm_eval's wrapper of Hugging Face models evaluates a compiled model as it is, on local tasks."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,7 @@ from tests.support.saved import WORDS, save_tiny_tokenizer
 QUESTIONS = 12
 
 
-@pytest.fixture(autouse=True)
-def _reset() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture(scope="module")

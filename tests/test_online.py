@@ -1,7 +1,6 @@
 """A model without a recipe learns one from its traffic: what counts, when it switches, what is kept of it."""
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,13 +16,7 @@ from larosa_compile.self_check import Fault
 from tests.support.learning import DENSE, learning, logits, seen, small, sparse_logits, token_ids
 from tests.support.models import relative_error, tiny_model
 
-
-@pytest.fixture(autouse=True)
-def _reset() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import larosa_compile
 from larosa_compile import registry
 from larosa_compile.passes import equivariance, fold
 from larosa_compile.passes.graph import aten
-from larosa_compile.passes.parameters import Parameters
 from larosa_compile.recipe import Recipe
 from tests.support.models import relative_error, tiny_model, token_ids
 
