@@ -42,9 +42,7 @@ out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 def main() -> None:
     arguments = parsed(sys.argv[1:])
     meta = measure.machine()
-    out.print(
-        f"{meta['device']}, {meta['threads']} threads; torch {meta['torch']}, transformers {meta['transformers']}"
-    )
+    out.print(measure.in_a_line(meta))
     model, tokenizer = assets.load_model(arguments.model, getattr(torch, arguments.dtype))
     windows = {name: windows_of(name, tokenizer, arguments.context) for name in {*arguments.texts, *arguments.evaluate}}
     held_out = {name: windows[name][len(windows[name]) // 2 :][: arguments.windows] for name in arguments.evaluate}

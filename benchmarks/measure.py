@@ -81,6 +81,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def in_a_line(meta: dict[str, Any]) -> str:
+    """What a reader of a table has to know of `machine()`."""
+    return f"{meta['device']}, {meta['threads']} threads; torch {meta['torch']}, transformers {meta['transformers']}"
+
+
 def write(path: Path, meta: dict[str, Any], records: list[dict[str, Any]]) -> None:
     """Writes `{"meta": …, "records": […]}`; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -36,9 +36,7 @@ out = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 def main() -> None:
     arguments = parsed(sys.argv[1:])
     meta = measure.machine()
-    out.print(
-        f"{meta['device']}, {meta['threads']} threads; torch {meta['torch']}, transformers {meta['transformers']}"
-    )
+    out.print(measure.in_a_line(meta))
     model, tokenizer = assets.load_model(arguments.model, torch.bfloat16)
     windows = list(token_batches(assets.text("wiki"), tokenizer, CONTEXT))
     held_out = windows[len(windows) // 2 :][: arguments.windows]

@@ -74,9 +74,7 @@ class Tokens:
 def main() -> None:
     arguments = parsed(sys.argv[1:])
     meta = measure.machine()
-    out.print(
-        f"{meta['device']}, {meta['threads']} threads; torch {meta['torch']}, transformers {meta['transformers']}"
-    )
+    out.print(measure.in_a_line(meta))
     model, tokenizer = assets.load_model(arguments.model, getattr(torch, arguments.dtype))
     texts = {name: windows_of(name, tokenizer, arguments.context) for name in (arguments.calibration, arguments.text)}
     learnt = texts[arguments.calibration][: arguments.calibration_windows]

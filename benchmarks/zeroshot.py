@@ -39,9 +39,7 @@ Scores = dict[str, dict[str, list[float]]]
 def main() -> None:
     arguments = parsed(sys.argv[1:])
     meta = measure.machine()
-    out.print(
-        f"{meta['device']}, {meta['threads']} threads; torch {meta['torch']}, transformers {meta['transformers']}"
-    )
+    out.print(measure.in_a_line(meta))
     model, tokenizer = assets.load_model(arguments.model, getattr(torch, arguments.dtype))
     if arguments.recipe:
         recipe = Recipe.load(arguments.recipe)

@@ -96,7 +96,8 @@ def capture(
     mask = _attention_mask(dynamo_graph, real)
     codes = unreadable(_stored(dynamo_graph, real))
     if codes:
-        _log.warning("%s and %d more: %s", codes[0].site, len(codes) - 1, codes[0].reason)
+        more = f" and {len(codes) - 1} more" if len(codes) > 1 else ""
+        _log.warning("%s%s: %s", codes[0].site, more, codes[0].reason)
     _guard_identity(dynamo_graph, paths)
 
     def inner_compile(module: GraphModule, fakes: Sequence[Any], **arguments: Any) -> Any:
