@@ -70,16 +70,14 @@ def perplexities(name: str, model: PreTrainedModel, recipe: Recipe, held_out: li
     described = {
         "model": name,
         "context": CONTEXT,
-        "tokens": len(held_out) * CONTEXT,
         "calibration": f"{recipe.calibration['tokens']} tokens of wiki",
-        "text": "wiki",
     }
 
     def recipe_of(run: Run) -> Recipe:
         made = recipe.with_sparsity(run.sparsity)
         return made.without_rotation() if run.method == "magnitude" else made
 
-    records = [described | record for record in measured(model, recipe_of, runs, Tokens(held_out))]
+    records = [described | record for record in measured(model, recipe_of, runs, {"wiki": Tokens(held_out)})]
     out.print(table(records))
     losses = {(record["method"], record["sparsity"]): record["losses"] for record in records}
     for sparsity in SPARSITIES:

@@ -7,9 +7,10 @@ of its text, evaluation from the middle of its own on, so that one text may serv
 choose at 50 % on the windows between.
 
 Bytes skipped are of all linear weights, rotations counted against them. Where thresholds select, which promise an
-average only, they are those of what was kept in the evaluated windows, counted. With `--equal-bytes` every method runs
-at the nominal sparsity at which its recipe skips what larosa's does at each of `--sparsities`. ± is the standard error
-over windows of the paired difference in nats per token: to dense, and to larosa where that ran at the same place.
+average only, they are those of what was kept in the evaluated windows, counted; such methods run operation by
+operation, through the ops' definitions, the others through Inductor. With `--equal-bytes` every method runs besides at
+the nominal sparsity at which its recipe skips what larosa's does at each of `--sparsities`: "as". ± is the standard
+error over windows of the paired difference in nats per token: to dense, and to larosa at the same place.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import itertools
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from larosa_compile.shares import CountingModel
 METHODS = tuple(methods.METHODS)
 SPARSITIES = (0.0, 0.25, 0.4, 0.5)
 PROTOCOLS = ("all", "first-dense", "decode")
+NOTHING = 0.001
+"""A difference of sparsities that is none."""
 
 out = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
@@ -76,10 +79,12 @@ def main() -> None:
     meta = measure.machine()
     out.print(measure.in_a_line(meta))
     model, tokenizer = assets.load_model(arguments.model, getattr(torch, arguments.dtype))
-    texts = {name: windows_of(name, tokenizer, arguments.context) for name in (arguments.calibration, arguments.text)}
+    names = {arguments.calibration, *arguments.text}
+    texts = {name: windows_of(name, tokenizer, arguments.context) for name in names}
     learnt = texts[arguments.calibration][: arguments.calibration_windows]
-    found = texts[arguments.text]
-    held_out = Tokens(found[len(found) // 2 :][: arguments.windows], tokenizer)
+    held_out = {
+        name: Tokens(texts[name][len(texts[name]) // 2 :][: arguments.windows], tokenizer) for name in arguments.text
+    }
     between = texts[arguments.calibration][: len(texts[arguments.calibration]) // 2][arguments.calibration_windows :]
     searched = between[: arguments.search_windows]
     recipes = methods.Recipes(model, learnt, searched, arguments.rotation, arguments.resume)
@@ -87,15 +92,14 @@ def main() -> None:
     described = {
         "model": arguments.model,
         "context": arguments.context,
-        "tokens": len(held_out.windows) * arguments.context,
         "calibration": f"{arguments.calibration}, {tokens} tokens, rotation {arguments.rotation}",
-        "text": arguments.text,
     }
     records = []
     for record in measured(model, recipes.of, planned(arguments, recipes), held_out):
         records.append(described | record)
         measure.write_so_far(arguments.json, meta, records)
-    out.print(table(records))
+    for text in arguments.text:
+        out.print(table([record for record in records if record["text"] == text]))
 
 
 def planned(arguments: argparse.Namespace, recipes: methods.Recipes) -> list[Run]:
@@ -108,11 +112,14 @@ def planned(arguments: argparse.Namespace, recipes: methods.Recipes) -> list[Run
     larosa = recipes.of(Run("larosa", "model", 0.5))
     equal = []
     for run in runs:
+        equal.append(run)
+        if run.method == "larosa":
+            continue
         share = recipes.promised("larosa", larosa.with_sparsity(run.sparsity))
-        found = run.sparsity if run.method == "larosa" else recipes.equal_bytes(run.method, share)
+        found = recipes.equal_bytes(run.method, share)
         if found is None:
             out.print(f"{run.method} cannot skip {share:.1%} of the weight bytes, as larosa does at {run.sparsity:.0%}")
-        else:
+        elif abs(found - run.sparsity) >= NOTHING:
             equal.append(replace(run, sparsity=found, place=run.sparsity))
     return equal
 
@@ -124,45 +131,64 @@ def windows_of(name: str, tokenizer: Any, context: int) -> list[torch.Tensor]:
 
 
 def measured(
-    model: PreTrainedModel, recipe_of: Callable[[Run], Recipe], runs: Sequence[Run], held_out: Tokens
+    model: PreTrainedModel, recipe_of: Callable[[Run], Recipe], runs: Sequence[Run], held_out: Mapping[str, Tokens]
 ) -> Iterator[dict[str, Any]]:
-    """A record of the dense model for each protocol, then one of each run. `losses`: nats per token, by window."""
+    """Records of the dense model for each protocol and text, then of each run. `losses`: nats per token, by window."""
     protocols = tuple(dict.fromkeys(run.protocol for run in runs))
-    dense: dict[str, list[float]] = {}
+    dense: dict[tuple[str, str], list[float]] = {}
     larosa: dict[tuple[object, ...], list[float]] = {}
     with progress_bar(True) as bar:
-        task = bar.add_task("perplexity", total=len(runs) + len(protocols))
-        for protocol in protocols:
-            dense[protocol] = held_out.losses(model, model, protocol)
+        task = bar.add_task("perplexity", total=(len(runs) + len(protocols)) * len(held_out))
+        for protocol, (text, tokens) in itertools.product(protocols, held_out.items()):
+            dense[protocol, text] = losses = tokens.losses(model, model, protocol)
             bar.advance(task)
-            scores = _scores(dense[protocol], dense[protocol], held_out, protocol)
-            yield {"method": "dense", "weights": "model", "sparsity": 0.0, "bytes_skipped_share": 0.0} | scores
+            scores = _scores(losses, losses, text, tokens, protocol)
+            record = {"method": "dense", "weights": "model", "sparsity": 0.0, "as": 0.0, "bytes_skipped_share": 0.0}
+            yield record | scores
         for run in runs:
             torch._dynamo.reset()
-            recipe = recipe_of(run)
-            fast: Any = torch.compile(model, backend="larosa", options={"recipe": recipe, "self_check": False})
-            losses = held_out.losses(fast, model, run.protocol)
-            report = larosa_compile.explain(model, recipe=recipe).graphs[0]
-            if report.is_average:
-                counting = CountingModel(model, recipe)
-                held_out.losses(counting, model, run.protocol)
-                report = report.with_shares(counting.shares)
-            bar.advance(task)
-            record = {"method": run.method, "weights": run.weights, "sparsity": run.sparsity}
-            record["bytes_skipped_share"] = report.bytes_skipped_share
-            record |= _scores(losses, dense[run.protocol], held_out, run.protocol)
-            place = (run.protocol, run.weights, run.sparsity if run.place is None else run.place)
-            if run.method == "larosa":
-                larosa[place] = losses
-            elif place in larosa:
-                record["loss_over_larosa"], record["loss_over_larosa_error"] = paired(losses, larosa[place])
-            yield record
+            sparse = Sparse(model, recipe_of(run), run)
+            place = run.sparsity if run.place is None else run.place
+            for text, tokens in held_out.items():
+                losses, share = sparse.on(tokens)
+                bar.advance(task)
+                record = {"method": run.method, "weights": run.weights, "sparsity": run.sparsity, "as": place}
+                record |= {"bytes_skipped_share": share}
+                record |= _scores(losses, dense[run.protocol, text], text, tokens, run.protocol)
+                key = (run.protocol, run.weights, place, text)
+                if run.method == "larosa":
+                    larosa[key] = losses
+                elif key in larosa:
+                    record["loss_over_larosa"], record["loss_over_larosa_error"] = paired(losses, larosa[key])
+                yield record
 
 
-def _scores(losses: list[float], dense: list[float], held_out: Tokens, protocol: str) -> dict[str, Any]:
+class Sparse:
+    """A model as a run wants it."""
+
+    def __init__(self, model: PreTrainedModel, recipe: Recipe, run: Run) -> None:
+        self._model, self._recipe, self._run = model, recipe, run
+        self._report = larosa_compile.explain(model, recipe=recipe).graphs[0]
+        options = {"recipe": recipe, "self_check": False}
+        self._compiled: Any = torch.compile(model, backend="larosa", options=options)
+
+    def on(self, tokens: Tokens) -> tuple[list[float], float]:
+        """Nats per token by window, and the share of weight bytes that was skipped in them."""
+        if not self._report.is_average:
+            return tokens.losses(self._compiled, self._model, self._run.protocol), self._report.bytes_skipped_share
+        counting = CountingModel(self._model, self._recipe)
+        losses = tokens.losses(counting, self._model, self._run.protocol)
+        if self._run.weights != "model":  # counted with the model's own
+            losses = tokens.losses(self._compiled, self._model, self._run.protocol)
+        return losses, self._report.with_shares(counting.shares).bytes_skipped_share
+
+
+def _scores(losses: list[float], dense: list[float], text: str, held_out: Tokens, protocol: str) -> dict[str, Any]:
     mean, error = paired(losses, dense)
     ppl = perplexity(losses)
     return {
+        "text": text,
+        "tokens": sum(window.numel() for window in held_out.windows),
         "protocol": protocol,
         "losses": losses,
         "ppl": ppl,
@@ -196,12 +222,13 @@ def table(records: list[dict[str, Any]]) -> Table:
 
 def _cells(record: dict[str, Any], dense: float) -> dict[str, str]:
     bits = record["bits_per_byte"]
-    compared = "loss_over_larosa" in record
+    compared, nominal = "loss_over_larosa" in record, record["as"] == record["sparsity"]
     return {
         "method": record["method"],
         "weights": record["weights"],
         "protocol": record["protocol"],
-        "sparsity": f"{record['sparsity']:.0%}",
+        "sparsity": f"{record['sparsity']:.{0 if nominal else 1}%}",
+        "as": "" if nominal else f"larosa {record['as']:.0%}",
         "skipped": f"{record['bytes_skipped_share']:.1%}",
         "perplexity": f"{record['ppl']:.3f}",
         "gap": f"{record['gap']:+.3f}",
@@ -220,11 +247,11 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two windows, 50 %% only")
     parser.add_argument("--model", default="smollm2", help="smollm2, a hub name, a folder or a GGUF file")
     known = f"{', '.join(assets.TEXTS)}, or a file"
-    parser.add_argument("--text", default="wiki", help=f"to evaluate on: {known} (default: wiki)")
+    parser.add_argument("--text", nargs="+", default=["wiki"], help=f"to evaluate on: {known} (default: wiki)")
     parser.add_argument("--calibration", default="wiki", help=f"to calibrate on: {known} (default: wiki)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["larosa"])
     parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=["all"])
-    parser.add_argument("--equal-bytes", action="store_true", help="sparsities at which all skip what larosa skips")
+    parser.add_argument("--equal-bytes", action="store_true", help="besides, all skipping what larosa skips")
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=["model"], help="formats of weights")
     parser.add_argument("--sparsities", nargs="+", type=measure.sparsity)
     parser.add_argument("--rotation", default="layer", choices=("layer", "model", "auto", "none"))

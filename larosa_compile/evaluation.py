@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SLICE = 2**22
+"""Logits that are widened at a time: fresh memory for all of them would cost more than the arithmetic on them."""
+
 
 def next_token_losses(
     model: Callable[..., Any],
@@ -35,8 +38,11 @@ def next_token_losses(
                 cache = before.past_key_values
                 after = model(input_ids=ids[:, dense_tokens:], past_key_values=cache, use_cache=True)
                 logits = torch.cat([before.logits, after.logits], 1)
-            logits, wanted = logits[:, counted_from:-1].float(), ids[:, counted_from + 1 :]
-            losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten()).item())
+            logits, wanted = logits[:, counted_from:-1].flatten(0, 1), ids[:, counted_from + 1 :].flatten()
+            rows = max(1, SLICE // logits.shape[-1])
+            parts = zip(logits.split(rows), wanted.split(rows), strict=True)
+            sums = [torch.nn.functional.cross_entropy(part.float(), ids, reduction="sum") for part, ids in parts]
+            losses.append(torch.stack(sums).double().sum().item() / len(wanted))
     return losses
 
 

@@ -47,8 +47,9 @@ class _Counting(Interpreter):
         if n in self._paths:
             args, _ = self.fetch_args_kwargs_from_env(n)
             read = _read_by(n, args)
+            kept = int(torch.count_nonzero(read))
             for path in self._paths[n]:
-                self._kept[path] += int(torch.count_nonzero(read))
+                self._kept[path] += kept
                 self._seen[path] += read.numel()
         return super().run_node(n)
 

@@ -156,9 +156,11 @@ def test_methods_are_compared_at_equal_bytes_and_under_each_protocol(monkeypatch
     arguments = table.parsed(["--methods", "teal", "larosa", "--sparsities", "0.4", "--equal-bytes"])
     runs = table.planned(arguments, recipes)
     assert recipes.equal_bytes("teal", 0.96) is None
-    assert [(run.method, run.place) for run in runs] == [("larosa", 0.4), ("teal", 0.4)]
+    assert [(run.method, run.place) for run in runs] == [("larosa", None), ("teal", None), ("teal", 0.4)]
+    assert runs[1].sparsity == 0.4
     more = methods.Run("larosa", "model", 0.4, "decode")
-    dense, dense_decode, larosa, teal, decode = table.measured(model, recipes.of, [*runs, more], held_out)
+    found = table.measured(model, recipes.of, [runs[0], runs[2], more], {"ids": held_out})
+    dense, dense_decode, larosa, teal, decode = found
     torch._dynamo.reset()
     assert abs(teal["bytes_skipped_share"] - larosa["bytes_skipped_share"]) < 0.03
     assert teal["sparsity"] < larosa["sparsity"] and "loss_over_dense_error" in teal and "loss_over_larosa" in teal
@@ -171,8 +173,9 @@ def test_methods_are_compared_at_equal_bytes_and_under_each_protocol(monkeypatch
     assert [record["protocol"] for record in (dense, dense_decode, larosa, teal, decode)] == [
         *("all", "decode", "all", "all", "decode")
     ]
-    described = {"model": "tiny", "tokens": 48, "text": "ids", "calibration": "ids"}
+    described = {"model": "tiny", "calibration": "ids"}
     made = table.table([described | record for record in (dense, larosa, teal)])
+    assert (dense["tokens"], dense["text"], teal["as"]) == (48, "ids", 0.4)
     assert made.row_count == 3 and [column.header for column in made.columns][-1] == "over larosa"
     assert "protocol all" in str(made.title) and "bits/byte" not in {column.header for column in made.columns}
 

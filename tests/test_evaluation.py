@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from larosa_compile import evaluation
 from larosa_compile.evaluation import next_token_losses, perplexity
 from tests.support.models import tiny_model, token_ids
 
@@ -23,7 +24,8 @@ def direct(logits: Tensor, ids: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_losses_of_a_model(dtype: torch.dtype) -> None:
+def test_losses_of_a_model(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "SLICE", 96 * 3)  # of three tokens of this vocabulary
     model = tiny_model("llama", num_hidden_layers=1, dtype=dtype)
     batches = [token_ids(1, 9), token_ids(3, 5, 2)]
     found = next_token_losses(model, batches)
