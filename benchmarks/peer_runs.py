@@ -28,6 +28,7 @@ from torch._inductor import config as inductor_config
 
 import larosa_compile
 from benchmarks import assets
+from benchmarks.gguf_files import gguf_file
 from larosa_compile.decoding import decode_seconds
 from larosa_compile.evaluation import next_token_losses
 
@@ -36,9 +37,6 @@ WARM_UP = 4  # tokens decoded before the first timed ones: compilation, first to
 LLAMA_OPTIONS = {"avx2": "AVX2", "fma3": "FMA", "f16c": "F16C", "avx512_bw": "AVX512"} | {
     f"avx512_{name}": f"AVX512_{name.upper()}" for name in ("vbmi", "vnni", "bf16")
 }
-
-HEADS = ("token_embd.weight", "output.weight")
-"""GGUF's names of the embedding, which is the head where there is no other, and the head."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,13 @@ class Job:
     prompt: list[int]
     windows: list[list[int]]  # of one length
     calibration: list[list[int]]
+    recipe: str | None = None  # a file, where larosa is not to calibrate
+
+    @property
+    def gguf_file(self) -> Path:
+        """The model's file with the job's weights."""
+        assert self.gguf is not None, "benchmarks.peers starts no such runtime without one"
+        return gguf_file(Path(self.gguf), self.weights, Path(self.folder))
 
 
 class Torch:
@@ -84,6 +89,8 @@ class Torch:
         return next_token_losses(compiled, [torch.tensor([window]) for window in self._job.windows])
 
     def _recipe(self) -> larosa_compile.Recipe:
+        if self._job.recipe is not None:
+            return larosa_compile.Recipe.load(self._job.recipe)
         path = Path(self._job.folder) / "recipe.safetensors"
         if not path.exists():
             windows = [torch.tensor([window]) for window in self._job.calibration]
@@ -95,7 +102,7 @@ class LlamaCpp:
     """llama.cpp through llama-cpp-python, one call of the library per token: its samplers would only add to that."""
 
     def __init__(self, job: Job) -> None:
-        self._job, self._path = job, gguf_file(job)
+        self._job, self._path = job, job.gguf_file
         self._library = importlib.import_module("llama_cpp")
         self._llama = self._loaded(len(job.prompt) + 128, every_logit=False)
 
@@ -137,7 +144,7 @@ class OpenVino:
     """OpenVINO GenAI on a GGUF file, with its defaults for everything but the number of threads."""
 
     def __init__(self, job: Job) -> None:
-        self._job, self._path = job, gguf_file(job)
+        self._job, self._path = job, job.gguf_file
         self._genai = importlib.import_module("openvino_genai")
         self._tensor = importlib.import_module("openvino").Tensor
         self._properties = {"INFERENCE_NUM_THREADS": job.threads}
@@ -202,67 +209,6 @@ def install_hint(package: str) -> str:
     options = [f"-DGGML_{option}=ON" for flag, option in LLAMA_OPTIONS.items() if able.get(flag)]
     arguments = f'CMAKE_ARGS="{" ".join(["-DGGML_NATIVE=OFF", *options])}" ' if options else ""
     return f"{arguments}pip install {package}"
-
-
-def gguf_type(path: Path) -> str:
-    """The type that a GGUF file says most of its weights have, such as "q4_1"; "" if it does not say."""
-    gguf = importlib.import_module("gguf")
-    field = gguf.GGUFReader(path).fields.get("general.file_type")
-    return gguf.LlamaFileType(field.contents()).name.partition("_")[2].lower() if field else ""
-
-
-def gguf_file(job: Job) -> Path:
-    """The job's model as a GGUF file of its type of weights: the given file, or one made from it."""
-    assert job.gguf is not None, "benchmarks.peers starts no such runtime without one"
-    given = Path(job.gguf)
-    if gguf_type(given) == job.weights:
-        return given
-    made = Path(job.folder) / f"{job.weights}.gguf"
-    if not made.exists():
-        partial = made.with_suffix(".partial")
-        requantise(given, partial, job.weights)
-        partial.rename(made)
-    return made
-
-
-def requantise(source: Path, target: Path, weights: str) -> None:
-    """Writes the model of a GGUF file with weights of another type; its metadata stays, but for the type.
-
-    As llama.cpp does it: vectors stay as they are, and so does what does not divide into blocks. Where weights have
-    less than 8 bits, embedding and head have 8.
-    """
-    gguf: Any = importlib.import_module("gguf")
-    reader, kinds = gguf.GGUFReader(source), gguf.GGMLQuantizationType
-    fields = reader.fields
-    writer = gguf.GGUFWriter(target, fields["general.architecture"].contents(), endianess=reader.endianess)
-    writer.data_alignment = reader.alignment
-    for name, field in fields.items():
-        value = field.contents()
-        if name.startswith("GGUF.") or name == "general.architecture" or value == []:
-            continue
-        if name == "general.file_type":
-            value = int(gguf.LlamaFileType[f"MOSTLY_{weights.upper()}"])
-        writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
-
-    def kind_of(tensor: Any) -> Any:
-        kind = kinds.Q8_0 if weights.startswith("q4") and tensor.name in HEADS else kinds[weights.upper()]
-        block, _ = gguf.GGML_QUANT_SIZES[kind]
-        # GGUF gives the length of a row first
-        return kind if len(tensor.shape) > 1 and tensor.shape[0] % block == 0 else tensor.tensor_type
-
-    targets = [(tensor, kind_of(tensor)) for tensor in reader.tensors]
-    for tensor, kind in targets:
-        shape = gguf.quants.quant_shape_to_byte_shape([int(size) for size in reversed(tensor.shape)], kind)
-        writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor, kind in targets:
-        data = tensor.data
-        if kind != tensor.tensor_type:
-            data = gguf.quants.quantize(gguf.quants.dequantize(data, tensor.tensor_type), kind)
-        writer.write_tensor_data(data)
-    writer.close()
 
 
 def serve(requests: TextIO, answers: TextIO) -> None:

@@ -25,12 +25,14 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from benchmarks import assets, measure
+from benchmarks.gguf_files import gguf_type
 from benchmarks.peer_process import Child, PeerError
-from benchmarks.peer_runs import Job, gguf_type, install_hint, version
+from benchmarks.peer_runs import Job, install_hint, version
 from larosa_compile.calibration import token_batches
 from larosa_compile.evaluation import perplexity
 from larosa_compile.kernels.formats import FORMATS
 from larosa_compile.progress import progress_bar
+from larosa_compile.recipe import Recipe
 
 CONTEXT, PPL_CONTEXT, CALIBRATION_CONTEXT, TOKENS = 128, 512, 1024, 32
 SPARSITIES, PACKED_SPARSITIES = (0.25, 0.4, 0.5), (0.0, 0.4, 0.5)
@@ -49,16 +51,24 @@ class Peer:
     weights: str
     package: str
     sparsity: float = 0.0
+    recipe: str | None = None
 
     def __str__(self) -> str:
         return f"{self.name} {self.weights} {self.sparsity:.0%}"
 
 
-def peers(given: str) -> list[Peer]:
-    """All of them; `given` is the type of the weights in the GGUF file, "" without one."""
+def peers(given: str, recipes: Sequence[Path] = ()) -> list[Peer]:
+    """All of them; `given` is the type of the weights in the GGUF file, "" without one.
+
+    Besides larosa as the paper has it, every recipe is run at the sparsity it was made for, and is named by its file.
+    """
     found = [Peer("torch.compile", "torch", "bf16", "torch")]
     for weights, sparsities in {"bf16": SPARSITIES, **dict.fromkeys(FORMATS, PACKED_SPARSITIES)}.items():
         found += [Peer("larosa", "larosa", weights, "larosa-compile", sparsity) for sparsity in sparsities]
+    for path in recipes:
+        name, sparsity = f"larosa {path.name.partition('.')[0]}", Recipe.load(path).sparsity
+        for weights in ("bf16", *FORMATS):
+            found.append(Peer(name, "larosa", weights, "larosa-compile", sparsity, str(path)))
     found += [Peer("torchao", "torch", "int8", "torchao"), Peer("torchao, frozen", "frozen", "int8", "torchao")]
     for weights in dict.fromkeys(("bf16", "f16", "q8_0", "q4_0", given or "f16")):
         found.append(Peer("llama.cpp", "llama.cpp", weights, "llama-cpp-python"))
@@ -193,7 +203,7 @@ def table(records: list[dict[str, Any]], title: str) -> Table:
     return found
 
 
-def prepared(model: str, quick: bool, folder: str, only: Sequence[str] = ()) -> list[Run]:
+def prepared(model: str, quick: bool, folder: str, only: Sequence[str] = (), recipes: Sequence[Path] = ()) -> list[Run]:
     """One run for every peer, or for those whose row has one of these words in it, all with the same tokens."""
     path = assets.smollm2_path() if model == "smollm2" else Path(model)
     gguf = str(path) if path.suffix == ".gguf" else None
@@ -203,11 +213,12 @@ def prepared(model: str, quick: bool, folder: str, only: Sequence[str] = ()) -> 
     held_out = [part.tolist() for window in windows[len(windows) // 2 :] for part in window[0].split(PPL_CONTEXT)]
     prompt = windows[-1][0, :CONTEXT].tolist()
     runs = []
-    for peer in peers(gguf_type(path) if gguf else ""):
+    for peer in peers(gguf_type(path) if gguf else "", recipes):
         if only and not any(words in str(peer) for words in only):
             continue
         what = (peer.runtime, model, gguf, peer.weights, peer.sparsity, torch.get_num_threads(), folder)
-        runs.append(Run(peer, Job(*what, prompt, held_out[: 2 if quick else 8], calibration), missing(peer, gguf)))
+        job = Job(*what, prompt, held_out[: 2 if quick else 8], calibration, peer.recipe)
+        runs.append(Run(peer, job, missing(peer, gguf)))
     return runs
 
 
@@ -218,12 +229,15 @@ def main() -> None:
     parser.add_argument("--restart", action="store_true", help="one model in memory at a time, loaded in every round")
     words = "run those alone whose 'name weights sparsity' has these words in it, such as 'larosa int8' or q4_0"
     parser.add_argument("--only", nargs="+", default=[], metavar="WORDS", help=words)
+    parser.add_argument(
+        "--recipes", nargs="+", type=Path, default=[], metavar="FILE", help="to run larosa with besides"
+    )
     parser.add_argument("--json", type=Path, help="also write the measurements to this file")
     arguments = parser.parse_args()
     rounds = 2 if arguments.quick else 5
     meta = measure.machine() | {"context": CONTEXT, "tokens": TOKENS, "rounds": rounds, "restart": arguments.restart}
     with tempfile.TemporaryDirectory() as folder, progress_bar(True) as bar:
-        runs = prepared(arguments.model, arguments.quick, folder, arguments.only)
+        runs = prepared(arguments.model, arguments.quick, folder, arguments.only, arguments.recipes)
         task = bar.add_task("peers", total=len(runs) * (rounds + 1 + (not arguments.restart)))
         bandwidths = take_turns(runs, rounds, not arguments.restart, lambda: bar.advance(task))
     meta |= {

@@ -1,7 +1,8 @@
 """Perplexity against tokens per second, drawn from what `benchmarks.peers --json` wrote: one line for a peer's formats.
 
-Both were measured in one run, on the same tokens. larosa has a line for each format of weights, along its sparsities;
-any other peer has one along its types of weights. Lower and further right is better. Needs the extra `report`.
+Both were measured in one run, on the same tokens. larosa has a line for each recipe and format of weights, along its
+sparsities; any other peer has one along its types of weights. Lower and further right is better. Needs the extra
+`report`.
 """
 
 import argparse
@@ -47,8 +48,8 @@ def lines_of(records: Sequence[dict[str, Any]]) -> dict[str, list[Point]]:
         )
     lines: dict[str, list[Point]] = {}
     for record in measured:
-        is_larosa = record["peer"] == LAROSA
-        line = f"{LAROSA}, {record['weights']}" if is_larosa else record["peer"]
+        is_larosa = record["peer"].startswith(LAROSA)
+        line = f"{record['peer']}, {record['weights']}" if is_larosa else record["peer"]
         name = f"{record['sparsity']:.0%}" if is_larosa else record["weights"]
         point = Point(name, record["tokens_per_s"], tuple(record["spread"]), record["ppl"])
         lines.setdefault(line, []).append(point)

@@ -24,6 +24,7 @@ RECORDS = [
     record("larosa", "int8", 0.5, 70.0, 15.3),
     record("larosa", "int8", 0.0, 45.0, 13.9),
     record("larosa", "int4", 0.5, 86.0, 15.9),
+    record("larosa search", "int8", 0.5, 71.0, 14.9),
     record("llama.cpp", "q8_0", 0.0, 60.0, 14.3),
     record("llama.cpp", "q4_0", 0.0, 85.0, 15.8),
     record("openvino", "q8_0", 0.0, 50.0, None),
@@ -34,7 +35,12 @@ RECORDS = [
 def test_lines_are_formats_of_larosa_and_other_peers() -> None:
     lines = plot.lines_of(RECORDS)
     names = {line: [point.name for point in points] for line, points in lines.items()}
-    assert names == {"larosa, int8": ["0%", "50%"], "larosa, int4": ["50%"], "llama.cpp": ["q8_0", "q4_0"]}
+    assert names == {
+        "larosa, int8": ["0%", "50%"],
+        "larosa, int4": ["50%"],
+        "larosa search, int8": ["50%"],
+        "llama.cpp": ["q8_0", "q4_0"],
+    }
 
 
 def test_a_file_is_drawn_with_names_and_units(
@@ -44,7 +50,7 @@ def test_a_file_is_drawn_with_names_and_units(
     source.write_text(json.dumps({"meta": {}, "records": RECORDS}))
     monkeypatch.setattr(sys, "argv", ["plot", str(source), "-o", str(target)])
     plot.main()
-    assert "5 points in 3 series" in capsys.readouterr().out
+    assert "6 points in 4 series" in capsys.readouterr().out
     root = ElementTree.parse(target).getroot()
     said = [
         re.sub(r"\s+", " ", "".join(element.itertext())).strip() for element in root.iter() if "text" in element.tag
