@@ -145,7 +145,7 @@ GROUPS = (SPARSE, DENSE, ATTENTION, GENERATED, OUTSIDE)
 # The first that fits. A fused kernel is named after all it holds: one that holds attention, or only its masks and
 # positions, bears its name or also writes the cache. The profiler puts `graph_0_` before generated kernels' names.
 _PATTERNS = (
-    (ATTENTION, re.compile(r"aten::.*scaled_dot_product|cpp_fused_\w*(scaled_dot_product|index_copy)")),
+    (ATTENTION, re.compile(r"aten::.*scaled_dot_product|^(\w+_)?attend$|cpp_fused_\w*(scaled_dot_product|index_copy)")),
     (GENERATED, re.compile(r"cpp_fused_")),
     (
         DENSE,

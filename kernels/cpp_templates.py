@@ -72,15 +72,14 @@ def _plan_store(
     return store
 
 
-class RowTemplate(CppTemplate):
-    """A kernel that selects inside a row: renders `file` and fuses the pointwise nodes that read its result."""
+class FusingTemplate(CppTemplate):
+    """A kernel that makes rows [rows, columns]: renders `file`, and fuses the pointwise nodes that read its result."""
 
     name: str
     file: str
 
-    def __init__(self, inputs: list[ir.IRNode], layout: ir.Layout, threads: int, k: int | None) -> None:
+    def __init__(self, inputs: list[ir.IRNode], layout: ir.Layout, threads: int) -> None:
         super().__init__(self.name, inputs, layout, threads)
-        self.k = k
 
     @abstractmethod
     def constants(self) -> dict[str, Any]:
@@ -111,9 +110,7 @@ class RowTemplate(CppTemplate):
             "aliases": {alias: store.target.get_name() for alias in store.aliases},
             "export_declaration": get_export_declaration(),
             "x_type": DTYPE_TO_CPP[dtype],
-            "bits_type": "int16_t" if dtype.itemsize == 2 else "int32_t",
             "dtype": dtype,
-            "k": self.k,
             "features": int(x.get_size()[1]),
             "threads": self.num_threads,
             **self.constants(),
@@ -124,12 +121,23 @@ class RowTemplate(CppTemplate):
             return _environment.get_template(self.file).render(names)
 
 
+class RowTemplate(FusingTemplate):
+    """A kernel that selects inside a row."""
+
+    def __init__(self, inputs: list[ir.IRNode], layout: ir.Layout, threads: int, k: int | None) -> None:
+        super().__init__(inputs, layout, threads)
+        self.k = k
+
+    def constants(self) -> dict[str, Any]:
+        return {"k": self.k, "bits_type": "int16_t" if self.layout.dtype.itemsize == 2 else "int32_t"}
+
+
 class GemvTemplate(RowTemplate):
     """A few rows x [rows, in] times weight_t [in, out], summed in float32."""
 
     def constants(self) -> dict[str, Any]:
         columns = int(self.layout.size[1])
-        return {
+        return super().constants() | {
             "W": self.input_nodes[1],
             "weight_type": DTYPE_TO_CPP[self.layout.dtype],
             "rows": int(self.layout.size[0]),
@@ -198,7 +206,7 @@ class SparsifyTemplate(RowTemplate):
     file = "sparsify.cpp.jinja"
 
     def constants(self) -> dict[str, Any]:
-        return {"parallel_from": heuristics.MIN_PARALLEL_ENTRIES}
+        return super().constants() | {"parallel_from": heuristics.MIN_PARALLEL_ENTRIES}
 
 
 class UnpackTemplate(CppTemplate):
@@ -238,7 +246,7 @@ class UnpackTemplate(CppTemplate):
         )
 
 
-def output_of(template: RowTemplate | UnpackTemplate) -> ir.TensorBox:
+def output_of(template: FusingTemplate | UnpackTemplate) -> ir.TensorBox:
     """What a template computes, for the rest of the graph to read.
 
     Not as one of Inductor's choices: there is no other to choose, and each would be rendered once more, to be tried.

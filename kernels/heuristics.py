@@ -12,6 +12,10 @@ MAX_GEMV_ROWS = 8
 MIN_PARALLEL_BYTES = 128 * 1024
 # Likewise for elementwise selection, counted in entries.
 MIN_PARALLEL_ENTRIES = 8 * 1024
+# Keys of a cache that one thread goes through at a time: enough to sum over, few enough for all threads to get some.
+ATTENTION_BLOCK = 64
+# Heads whose sums stay in registers while the keys that they share stream past.
+MAX_HEADS_TOGETHER = 8
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -37,6 +41,11 @@ def gemv_chunk(columns: int, rows: int = 1, multiple: int = COLUMN_MULTIPLE) -> 
     """Columns of every weight row that are read before the next row, for `rows` rows of sums; whole multiples."""
     chunks = ceil_div(columns * rows, MAX_CHUNK_COLUMNS)
     return round_up(ceil_div(columns, chunks), multiple)
+
+
+def heads_together(sharing: int) -> int:
+    """How many of the heads that share keys go through them at once: the most that divides them."""
+    return max(count for count in range(1, MAX_HEADS_TOGETHER + 1) if sharing % count == 0)
 
 
 def gemv_tile(columns: int, threads: int) -> int:

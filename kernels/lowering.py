@@ -13,6 +13,7 @@ sparse_linear, GPU, a few rows  -> a threshold fused into what makes x, then the
 sparse_linear_packed, GPU, a few rows  -> the same threshold, then the Triton template over packed weights
                          , more rows   -> a pointwise kernel that unpacks, then what sparse_linear does
 sparsify, GPU                   -> a threshold and a selection, fused into what makes x
+attend, CPU                     -> AttendTemplate
 any other device or dtype       -> the eager op
 """
 
@@ -26,6 +27,7 @@ from torch._inductor.utils import has_free_symbols, parallel_num_threads
 from torch._inductor.virtualized import V
 
 from larosa_compile.kernels import heuristics, ops, triton_heuristics, triton_lowering, triton_unpack
+from larosa_compile.kernels.cpp_attention import AttendTemplate
 from larosa_compile.kernels.cpp_templates import (
     DotGemvTemplate,
     PackedGemvTemplate,
@@ -41,7 +43,7 @@ from larosa_compile.kernels.triton_threshold import MAX_FEATURES
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
-def _eager(op: torch._ops.OpOverload, *args: ir.TensorBox | int | str | None) -> ir.TensorBox:
+def _eager(op: torch._ops.OpOverload, *args: ir.TensorBox | float | str | None) -> ir.TensorBox:
     call: Callable[..., ir.TensorBox] = fallback_handler(op, add_to_fallback_set=False)
     return call(*args)
 
@@ -153,3 +155,27 @@ def lower_sparse_linear_packed(
     layout = ir.FixedLayout(device, dtype, [int(x.get_size()[0]), columns])
     threads = heuristics.gemv_threads(meaning.bytes_read(k or features, features, columns), threads)
     return output_of(PackedGemvTemplate([realize_inputs(x), stored], layout, threads, k, meaning))
+
+
+@register_lowering(ops.attend, type_promotion_kind=None)
+def lower_attend(
+    query: ir.TensorBox, key: ir.TensorBox, values: ir.TensorBox, mask: ir.TensorBox | None, scale: float
+) -> ir.TensorBox:
+    rows, width = query.get_size()
+    batch, groups = key.get_size()[:2]
+    sharing = V.graph.sizevars.simplify(rows // (batch * groups))
+    widths = [width, values.get_size()[3]]
+    if not _has_templates(query) or not _on_cpu(query) or has_free_symbols([sharing, *widths]):
+        return _eager(ops.attend, query, key, values, mask, scale)
+    inputs: list[ir.IRNode] = [realize_inputs(query), *(_rows_of_runs(tensor) for tensor in (key, values))]
+    if mask is not None:
+        inputs.append(realize_inputs(mask))
+    layout = ir.FixedLayout(query.get_device_or_error(), query.get_dtype(), [rows, values.get_size()[3]])
+    return output_of(AttendTemplate(inputs, layout, parallel_num_threads(), scale, int(sharing)))
+
+
+def _rows_of_runs(x: ir.TensorBox) -> ir.IRNode:
+    """In memory, with entries of the last dimension side by side."""
+    x = realize_inputs(x)
+    stride = x.maybe_get_stride()
+    return x if stride is not None and stride[-1] == 1 else ir.ExternKernel.require_contiguous(x)

@@ -5,6 +5,8 @@
     larosa::sparse_linear(Tensor x, Tensor weight_t, int? k) -> Tensor  x [rows, in], weight_t [in, out]
     larosa::sparse_linear_packed(Tensor x, Tensor packed, int? k, int columns, str form) -> Tensor
         the same over a weight [in, columns] in one of `formats.FORMATS`
+    larosa::attend(Tensor query, Tensor key, Tensor values, Tensor? mask, float scale) -> Tensor
+        query [batch * heads, width], key and values [batch, groups, length, ·], mask [·, ·, 1, length]
 
 Inference only: no op has a backward. Results are contiguous and never alias an input. `k == features`
 keeps everything, i.e. the dense result. `k = None` selects nothing either: it is for an x that holds zeros already, as
@@ -26,6 +28,10 @@ _library.define("keep_above(Tensor x, float threshold, bool relative) -> Tensor"
 _library.define("sparse_linear(Tensor x, Tensor weight_t, int? k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
     "sparse_linear_packed(Tensor x, Tensor packed, int? k, int columns, str form) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "attend(Tensor query, Tensor key, Tensor values, Tensor? mask, float scale) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -94,16 +100,32 @@ def _sparse_linear_packed_fake(x: Tensor, packed: Tensor, k: int | None, columns
     return x.new_empty(x.shape[0], columns)
 
 
+def _attend_fake(query: Tensor, key: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    torch._check(query.dim() == 2, lambda: f"query must be [batch * heads, width], got {tuple(query.shape)}")
+    torch._check(
+        key.dim() == values.dim() == 4 and key.shape[:3] == values.shape[:3] and key.shape[3] == query.shape[1],
+        lambda: (
+            f"key and values must be [batch, groups, length, width], got {tuple(key.shape)} and {tuple(values.shape)}"
+            f" for queries of width {query.shape[1]}"
+        ),
+    )
+    torch._check(mask is None or mask.dim() == 4, lambda: "mask must be [batch, heads, 1, length]")
+    return query.new_empty(query.shape[0], values.shape[3])
+
+
 _library.impl("sparsify", _sparsify, "CompositeExplicitAutograd")
 _library.impl("keep_above", _keep_above, "CompositeExplicitAutograd")
 _library.impl("sparse_linear", _sparse_linear, "CompositeExplicitAutograd")
 _library.impl("sparse_linear_packed", _sparse_linear_packed, "CompositeExplicitAutograd")
+_library.impl("attend", reference.attend, "CompositeExplicitAutograd")
 torch.library.register_fake("larosa::sparsify", _sparsify_fake, lib=_library)
 torch.library.register_fake("larosa::keep_above", _keep_above_fake, lib=_library)
 torch.library.register_fake("larosa::sparse_linear", _sparse_linear_fake, lib=_library)
 torch.library.register_fake("larosa::sparse_linear_packed", _sparse_linear_packed_fake, lib=_library)
+torch.library.register_fake("larosa::attend", _attend_fake, lib=_library)
 
 sparsify = torch.ops.larosa.sparsify.default
 keep_above = torch.ops.larosa.keep_above.default
 sparse_linear = torch.ops.larosa.sparse_linear.default
 sparse_linear_packed = torch.ops.larosa.sparse_linear_packed.default
+attend = torch.ops.larosa.attend.default

@@ -1,4 +1,5 @@
-"""The meaning of every op, in plain torch: selection by magnitude, Top-K or above a threshold, and the linear behind.
+"""The meaning of every op, in plain torch: selection by magnitude, Top-K or above a threshold, the linear behind it,
+and attention of one query.
 
 Selection compares magnitude *bits*: for IEEE-style floats with the sign cleared, integer order is magnitude
 order, ties and subnormals are exact, and NaN sorts above infinity. A NaN is therefore always kept: it propagates.
@@ -118,6 +119,31 @@ def sparse_linear_packed(x: Tensor, packed: Tensor, k: int | None, columns: int,
     """
     weight = unpack(packed, x.shape[1], columns, format_of(form))
     return (_kept(x, k).float() @ weight).to(x.dtype)
+
+
+def attend(query: Tensor, key: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """`softmax(q kᵀ · scale + mask) v` of one query per head, in float32 and rounded once.
+
+    Heads of a group, which follow each other, share its keys. A query that no key may be seen from gives 0.
+
+    Args:
+        query: [batch · heads, width].
+        key: [batch, groups, length, width]; groups divides heads.
+        values: [batch, groups, length, value width].
+        mask: [1 or batch, 1 or heads, 1, length], added to the scores; −inf hides a key.
+
+    Returns:
+        [batch · heads, value width] in the dtype of `query`.
+    """
+    batch, groups, _, width = key.shape
+    scores = query.float().view(batch, groups, -1, width) @ key.float().mT * scale
+    if mask is not None:
+        hidden = mask.float().expand(-1, query.shape[0] // batch, -1, -1)
+        scores = scores + hidden.reshape(mask.shape[0], groups, -1, mask.shape[3])
+    weights = (scores - scores.amax(-1, keepdim=True).clamp_min(torch.finfo().min)).exp()
+    # the largest score weighs 1, so only a row that sees nothing sums to less
+    attended = weights @ values.float() / weights.sum(-1, keepdim=True).clamp_min(1)
+    return attended.reshape(query.shape[0], -1).to(query.dtype)
 
 
 def _kept(x: Tensor, k: int | None) -> Tensor:

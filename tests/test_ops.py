@@ -18,6 +18,9 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.sparse_linear, (x, weight_t, None))
     torch.library.opcheck(ops.keep_above, (x, 0.5, True))
     torch.library.opcheck(ops.keep_above, (x.t(), 0.5, False))
+    query, cache = torch.randn(12, 8).to(dtype), torch.randn(2, 3, 5, 8).to(dtype)
+    torch.library.opcheck(ops.attend, (query, cache, cache, None, 0.5))
+    torch.library.opcheck(ops.attend, (query, cache, cache[..., :4], torch.zeros(1, 1, 1, 5), 0.5))
 
 
 def test_eager_is_the_reference() -> None:
