@@ -12,6 +12,9 @@ MAX_GEMV_ROWS = 8
 MIN_PARALLEL_BYTES = 128 * 1024
 # Likewise for elementwise selection, counted in entries.
 MIN_PARALLEL_ENTRIES = 8 * 1024
+# Bytes of keys and values from which attention is better off with a kernel of its own. The operations of a smaller one
+# are fused with the rotary embedding before it.
+MIN_ATTENTION_BYTES = 512 * 1024
 # Keys of a cache that one thread goes through at a time: enough to sum over, few enough for all threads to get some.
 ATTENTION_BLOCK = 64
 # Heads whose sums stay in registers while the keys that they share stream past.

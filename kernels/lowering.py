@@ -13,10 +13,11 @@ sparse_linear, GPU, a few rows  -> a threshold fused into what makes x, then the
 sparse_linear_packed, GPU, a few rows  -> the same threshold, then the Triton template over packed weights
                          , more rows   -> a pointwise kernel that unpacks, then what sparse_linear does
 sparsify, GPU                   -> a threshold and a selection, fused into what makes x
-attend, CPU                     -> AttendTemplate
+attend, CPU                     -> AttendTemplate, or Inductor's own operations where the cache is small
 any other device or dtype       -> the eager op
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -27,7 +28,7 @@ from torch._inductor.utils import has_free_symbols, parallel_num_threads
 from torch._inductor.virtualized import V
 
 from larosa_compile.kernels import heuristics, ops, triton_heuristics, triton_lowering, triton_unpack
-from larosa_compile.kernels.cpp_attention import AttendTemplate
+from larosa_compile.kernels.cpp_attention import AttendTemplate, spelled_out
 from larosa_compile.kernels.cpp_templates import (
     DotGemvTemplate,
     PackedGemvTemplate,
@@ -167,6 +168,10 @@ def lower_attend(
     widths = [width, values.get_size()[3]]
     if not _has_templates(query) or not _on_cpu(query) or has_free_symbols([sharing, *widths]):
         return _eager(ops.attend, query, key, values, mask, scale)
+    sizes = [*key.get_size(), *values.get_size()]
+    cached = (math.prod(sizes[:4]) + math.prod(sizes[4:])) * key.get_dtype().itemsize
+    if not has_free_symbols(sizes) and cached < heuristics.MIN_ATTENTION_BYTES:
+        return spelled_out(query, key, values, mask, scale)
     inputs: list[ir.IRNode] = [realize_inputs(query), *(_rows_of_runs(tensor) for tensor in (key, values))]
     if mask is not None:
         inputs.append(realize_inputs(mask))

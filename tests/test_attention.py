@@ -1,5 +1,6 @@
 """`larosa::attend`: its definition against torch's attention, and the C++ template against the definition."""
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from larosa_compile.kernels import lowering, ops
+from larosa_compile.kernels import heuristics, lowering, ops
+
+assert lowering.__name__ in sys.modules  # importing it is what registers the lowerings
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 Case = tuple[Tensor, Tensor, Tensor, Tensor | None]
-BLOCK = lowering.heuristics.ATTENTION_BLOCK
+BLOCK = heuristics.ATTENTION_BLOCK
 
 
 @pytest.fixture(autouse=True)
@@ -78,18 +81,23 @@ def test_the_definition(dtype: torch.dtype) -> None:
         assert_close(ops.attend(*given, 0.3), given)
 
 
+@pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_template(dtype: torch.dtype) -> None:
+def test_the_template_and_what_serves_small_caches(
+    dtype: torch.dtype, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heuristics, "MIN_ATTENTION_BYTES", 2**30 if small else 0)
     given = cases(dtype)
     run: Any = torch.compile(lambda given: [ops.attend(*one, 0.3) for one in given])
     found, codes = run_and_get_code(run, given)
-    assert "\n".join(codes).count("larosa_attend_block(") == 2 * len(given)
+    assert "\n".join(codes).count("larosa_attend_block(") == (0 if small else 2 * len(given))
     for one, each in zip(found, given, strict=True):
         assert_close(one, each)
 
 
-def test_what_the_mask_hides_is_not_read_but_what_is_seen_spreads() -> None:
+def test_what_the_mask_hides_is_not_read_but_what_is_seen_spreads(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block of hidden keys may hold anything; what is no number in a key that is seen reaches all who see it."""
+    monkeypatch.setattr(heuristics, "MIN_ATTENTION_BYTES", 0)
     query, key, values, mask = case((1, 4, 2, 3 * BLOCK), 16, 16, hiding(3 * BLOCK, BLOCK), torch.float32)
     key[:, :, BLOCK:], values[:, :, BLOCK:] = torch.nan, torch.nan
     attend = torch.compile(lambda *given: ops.attend(*given, 0.3))
@@ -107,3 +115,11 @@ def test_operations_behind_it_are_fused_and_lengths_may_be_dynamic() -> None:
         found, codes = run_and_get_code(run, query, key, values)
         assert (found - 1 - exact(query, key, values, None).sigmoid()).abs().max() < 1e-6
         assert not codes or "\n".join(codes).count("async_compile.cpp_pybinding(") == 1
+
+
+def test_a_query_is_computed_once_rather_than_for_every_key() -> None:
+    query, key, values, _ = case((1, 6, 2, 40), 16, 16, None, torch.float32)
+    run: Any = torch.compile(lambda query: ops.attend(query.cos(), key, values, None, 0.3))
+    found, (code,) = run_and_get_code(run, query)
+    assert (found - exact(query.cos(), key, values, None)).abs().max() < 1e-6
+    assert code.index(".cos()") < code.index("tmp_acc0"), "in a loop before that over the keys"
