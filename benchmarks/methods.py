@@ -11,6 +11,7 @@ import larosa_compile
 from larosa_compile.passes.plan import kept_features
 from larosa_compile.passes.selection import TOP_K
 from larosa_compile.recipe import Recipe
+from larosa_compile.recipe_checks import OWN_DTYPE
 from larosa_compile.report import GraphReport
 from larosa_compile.site_search import search_sites
 from larosa_compile.thresholds import with_thresholds
@@ -54,7 +55,8 @@ class Run:
 class Recipes:
     """Recipes of one model, learnt from the same token ids; a calibration is made when it is first asked for.
 
-    searched: what sites' sparsities are chosen on, at 50 %. resume: where that search writes how far it is.
+    searched: what sites' sparsities are chosen on, at 50 %. resume: where that search writes how far it is. folder:
+    where the recipes of runs are saved, if they are to be.
     """
 
     model: PreTrainedModel
@@ -62,6 +64,7 @@ class Recipes:
     searched: list[torch.Tensor] = field(default_factory=list)
     rotation: str = "layer"
     resume: Path | None = None
+    folder: Path | None = None
     _made: dict[str, Recipe] = field(default_factory=dict)
     _reports: dict[str, GraphReport] = field(default_factory=dict)
 
@@ -71,7 +74,12 @@ class Recipes:
         recipe = calibrated.with_sparsity(run.sparsity)
         if promises_an_average(recipe) and recipe.sparsity != calibrated.sparsity:
             recipe = with_thresholds(self.model, recipe, self.learnt)
-        return recipe.with_weights(run.weights)
+        recipe = recipe.with_weights(run.weights)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            name = f"{run.method}-{100 * run.sparsity:.0f}" + (f"-{run.weights}" if run.weights != OWN_DTYPE else "")
+            recipe.save(self.folder / f"{name}.larosa.safetensors")
+        return recipe
 
     def equal_bytes(self, method: str, share: float) -> float | None:
         """The nominal sparsity at which a method skips this share of the linear weight bytes; None if it never does.

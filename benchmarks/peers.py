@@ -60,13 +60,15 @@ class Peer:
 def peers(given: str, recipes: Sequence[Path] = ()) -> list[Peer]:
     """All of them; `given` is the type of the weights in the GGUF file, "" without one.
 
-    Besides larosa as the paper has it, every recipe is run at the sparsity it was made for, and is named by its file.
+    Besides larosa as the paper has it, every recipe is run at the sparsity it was made for, and is named by its file
+    up to the first dot.
     """
     found = [Peer("torch.compile", "torch", "bf16", "torch")]
     for weights, sparsities in {"bf16": SPARSITIES, **dict.fromkeys(FORMATS, PACKED_SPARSITIES)}.items():
         found += [Peer("larosa", "larosa", weights, "larosa-compile", sparsity) for sparsity in sparsities]
     for path in recipes:
-        name, sparsity = f"larosa {path.name.partition('.')[0]}", Recipe.load(path).sparsity
+        name, sparsity = path.name.partition(".")[0], Recipe.load(path).sparsity
+        name = name if name.startswith("larosa") else f"larosa {name}"
         for weights in ("bf16", *FORMATS):
             found.append(Peer(name, "larosa", weights, "larosa-compile", sparsity, str(path)))
     found += [Peer("torchao", "torch", "int8", "torchao"), Peer("torchao, frozen", "frozen", "int8", "torchao")]

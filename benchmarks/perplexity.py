@@ -87,7 +87,7 @@ def main() -> None:
     }
     between = texts[arguments.calibration][: len(texts[arguments.calibration]) // 2][arguments.calibration_windows :]
     searched = between[: arguments.search_windows]
-    recipes = methods.Recipes(model, learnt, searched, arguments.rotation, arguments.resume)
+    recipes = methods.Recipes(model, learnt, searched, arguments.rotation, arguments.resume, arguments.recipes)
     tokens = len(learnt) * arguments.context
     described = {
         "model": arguments.model,
@@ -260,6 +260,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--calibration-windows", type=measure.positive, help="(default: 24)")
     parser.add_argument("--search-windows", type=measure.positive, default=24, help="for larosa-search (default: 24)")
     parser.add_argument("--resume", type=Path, help="where the search of larosa-search writes how far it is")
+    parser.add_argument("--recipes", type=Path, metavar="FOLDER", help="save the recipe of every run there")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--json", type=Path, help="write the records to this file, anew after every run")
     arguments = parser.parse_args(argv)

@@ -148,11 +148,16 @@ def test_online_compares_recipes_of_equal_tokens(monkeypatch: pytest.MonkeyPatch
         assert explicit["ppl"] == pytest.approx(perplexity(next_token_losses(model, held_out)), rel=1e-4)
 
 
-def test_methods_are_compared_at_equal_bytes_and_under_each_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_are_compared_at_equal_bytes_and_under_each_protocol(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     eager = torch.compile
     monkeypatch.setattr(table.torch, "compile", lambda model, **kw: eager(model, **_eager(kw)))
     model, ids = tiny_model("llama", num_hidden_layers=1), [token_ids(2, 64, seed) for seed in range(2)]
-    recipes, held_out = methods.Recipes(model, ids), table.Tokens([token_ids(1, 24, seed) for seed in (5, 6)])
+    recipes, held_out = (
+        methods.Recipes(model, ids, folder=tmp_path / "kept"),
+        table.Tokens([token_ids(1, 24, seed) for seed in (5, 6)]),
+    )
     arguments = table.parsed(["--methods", "teal", "larosa", "--sparsities", "0.4", "--equal-bytes"])
     runs = table.planned(arguments, recipes)
     assert recipes.equal_bytes("teal", 0.96) is None
@@ -162,6 +167,7 @@ def test_methods_are_compared_at_equal_bytes_and_under_each_protocol(monkeypatch
     found = table.measured(model, recipes.of, [runs[0], runs[2], more], {"ids": held_out})
     dense, dense_decode, larosa, teal, decode = found
     torch._dynamo.reset()
+    assert {path.name.partition("-")[0] for path in (tmp_path / "kept").iterdir()} == {"larosa", "teal"}
     assert abs(teal["bytes_skipped_share"] - larosa["bytes_skipped_share"]) < 0.03
     assert teal["sparsity"] < larosa["sparsity"] and "loss_over_dense_error" in teal and "loss_over_larosa" in teal
     assert dense["losses"] == next_token_losses(model, held_out.windows)
