@@ -30,28 +30,25 @@ class AttendTemplate(FusingTemplate):
     def constants(self) -> dict[str, Any]:
         query, key, values, *masks = self.input_nodes
         together = heuristics.heads_together(self.sharing)
-        inputs, constants = {"X": query, "K": key, "V": values}, dict[str, Any]()
+        inputs = {"X": query, "K": key, "V": values}
+        constants: dict[str, Any] = {
+            "inputs": inputs,
+            "Mask": None,
+            "masks": 1,
+            "scale": float(self.scale),
+            "together": together,
+            "weight_type": DTYPE_TO_CPP[self.layout.dtype],
+            "columns": int(self.layout.size[1]),
+            "block": heuristics.ATTENTION_BLOCK,
+            "parallel_from": heuristics.MIN_PARALLEL_BYTES,
+        }
         for mask in masks:
             inputs["Mask"] = mask
             # along a dimension of size 1 it is the same for all
             sizes = zip(("b", "h", 0, "first"), mask.get_size(), strict=True)
             at = [index if size != 1 else 0 for index, size in sizes]
-            constants |= {"mask_at": at, "mask_type": DTYPE_TO_CPP[mask.get_dtype()]}
-        return (
-            inputs
-            | constants
-            | {
-                "inputs": inputs,
-                "Mask": inputs.get("Mask"),
-                "scale": float(self.scale),
-                "together": together,
-                "masks": together if masks and masks[0].get_size()[1] != 1 else 1,
-                "weight_type": DTYPE_TO_CPP[self.layout.dtype],
-                "columns": int(self.layout.size[1]),
-                "block": heuristics.ATTENTION_BLOCK,
-                "parallel_from": heuristics.MIN_PARALLEL_BYTES,
-            }
-        )
+            constants |= {"mask_at": at, "mask_type": DTYPE_TO_CPP[mask.get_dtype()], "masks": together if at[1] else 1}
+        return constants | inputs
 
 
 def spelled_out(

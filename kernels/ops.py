@@ -110,6 +110,10 @@ def _attend_fake(query: Tensor, key: Tensor, values: Tensor, mask: Tensor | None
         ),
     )
     torch._check(mask is None or mask.dim() == 4, lambda: "mask must be [batch, heads, 1, length]")
+    torch._check(
+        query.dtype == key.dtype == values.dtype,
+        lambda: f"query is {query.dtype} but key and values are {key.dtype} and {values.dtype}",
+    )
     return query.new_empty(query.shape[0], values.shape[3])
 
 

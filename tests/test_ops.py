@@ -79,3 +79,8 @@ def test_fake_rejects_what_does_not_fit() -> None:
         ops.sparsify(x[0], 3)
     with pytest.raises(RuntimeError, match=r"float32 but weight_t is torch\.bfloat16"):
         ops.sparse_linear(x, weight_t.bfloat16(), 3)
+    cache = torch.empty(1, 2, 5, 8, device="meta")
+    with pytest.raises(RuntimeError, match=r"for queries of width 4"):
+        ops.attend(x[:, :4], cache, cache, None, 1.0)
+    with pytest.raises(RuntimeError, match=r"query is torch\.float32 but key and values are torch\.bfloat16"):
+        ops.attend(x, cache.bfloat16(), cache, None, 1.0)
