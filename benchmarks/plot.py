@@ -64,8 +64,15 @@ def drawn(lines: dict[str, list[Point]], model: str) -> str:
     """
 
     def draw(axes: "Axes") -> None:
-        for index, (name, points) in enumerate(lines.items()):
-            style: dict[str, Any] = {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
+        # of larosa's lines colours are recipes and markers formats; any other peer has one line
+        named = {name: name.rpartition(", ") if name.startswith(LAROSA) else (name, "", "") for name in lines}
+        colours, markers = (list(dict.fromkeys(each[part] for each in named.values())) for part in (0, 2))
+        for name, points in lines.items():
+            peer, _, weights = named[name]
+            style: dict[str, Any] = {
+                "color": SERIES[colours.index(peer) % len(SERIES)],
+                "marker": MARKERS[markers.index(weights) % len(MARKERS)],
+            }
             speeds, losses = [point.tokens_per_s for point in points], [point.perplexity for point in points]
             below = [point.tokens_per_s - point.spread[0] for point in points]
             above = [point.spread[1] - point.tokens_per_s for point in points]
@@ -74,11 +81,11 @@ def drawn(lines: dict[str, list[Point]], model: str) -> str:
             axes.errorbar(
                 speeds, losses, xerr=[below, above], linestyle=joined, markersize=5, elinewidth=0.8, label=name, **style
             )
-            # on either side, so that names of close points of larosa and others stay apart
-            aside: dict[str, Any] = (
-                {"xytext": (-5, 4), "ha": "right"} if name.startswith(LAROSA) else {"xytext": (5, -11), "ha": "left"}
-            )
-            for point in points:
+            for index, point in enumerate(points):
+                # on either side, so that names of close points of larosa and others stay apart
+                aside: dict[str, Any] = {"xytext": (5, 5 if index % 2 else -11), "ha": "left"}
+                if name.startswith(LAROSA):
+                    aside = {"xytext": (-5, 4), "ha": "right"}
                 place = (point.tokens_per_s, point.perplexity)
                 axes.annotate(point.name, place, textcoords="offset points", fontsize=8, color=style["color"], **aside)
         axes.margins(x=0.1, y=0.12)
