@@ -35,7 +35,7 @@ from larosa_compile.calibration import token_batches
 from larosa_compile.evaluation import next_token_losses, perplexity
 from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import Recipe
-from larosa_compile.recipe_checks import WEIGHTS
+from larosa_compile.recipe_checks import OWN_DTYPE, WEIGHTS
 from larosa_compile.shares import CountingModel
 
 METHODS = tuple(methods.METHODS)
@@ -178,7 +178,7 @@ class Sparse:
             return tokens.losses(self._compiled, self._model, self._run.protocol), self._report.bytes_skipped_share
         counting = CountingModel(self._model, self._recipe)
         losses = tokens.losses(counting, self._model, self._run.protocol)
-        if self._run.weights != "model":  # counted with the model's own
+        if self._run.weights != OWN_DTYPE:  # counted with the model's own
             losses = tokens.losses(self._compiled, self._model, self._run.protocol)
         return losses, self._report.with_shares(counting.shares).bytes_skipped_share
 

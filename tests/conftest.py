@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 
 def pytest_configure() -> None:
@@ -29,3 +30,12 @@ def fresh_dynamo() -> Iterator[None]:
     counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """No kernel that another test compiled, the same random numbers every time, and no gradients."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with fresh_cache(), torch.no_grad():
+        yield

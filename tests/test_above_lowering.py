@@ -1,24 +1,15 @@
 """The lowering of `keep_above` on a CPU: what it keeps is the reference's, and it is no kernel of its own."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._inductor.utils import fresh_cache
 
 from larosa_compile.kernels import ops, reference
 from tests.support.products import assert_is_product, special_rows
 from tests.test_lowering import IN, compile_and_run, kernels_in
 
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with fresh_cache(), torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,14 +1,13 @@
 """`larosa::attend`: its definition against torch's attention, and the C++ template against the definition."""
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch._inductor.utils import run_and_get_code
 
 from larosa_compile.kernels import heuristics, lowering, ops
 
@@ -19,12 +18,7 @@ Case = tuple[Tensor, Tensor, Tensor, Tensor | None]
 BLOCK = heuristics.ATTENTION_BLOCK
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with fresh_cache(), torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def case(

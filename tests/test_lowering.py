@@ -1,7 +1,7 @@
 """The CPU lowerings: generated kernels against float64, over rows, dtypes, layouts and fused epilogues."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 import torch._inductor.config as inductor_config
 import torch.nn.functional as F
 from torch import Tensor
-from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch._inductor.utils import run_and_get_code
 
 from larosa_compile.kernels import lowering, ops, reference
 from tests.support.products import assert_is_product, special_rows
@@ -20,12 +20,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 IN, OUT, K = 96, 330, 40
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with fresh_cache(), torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def compile_and_run(fn: Callable[..., Any], *args: Tensor, dynamic: bool | None = None) -> tuple[Any, str]:

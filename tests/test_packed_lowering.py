@@ -1,14 +1,14 @@
 """The CPU kernels over weights in fewer bits, against float64 products with the weights that they stand for."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch._inductor.config as inductor_config
 from torch import Tensor
-from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch._inductor.utils import run_and_get_code
 
 from larosa_compile.kernels import lowering, ops, reference
 from larosa_compile.kernels.formats import FORMATS, WeightFormat, pack, unpack
@@ -19,12 +19,7 @@ EACH = pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.n
 EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with fresh_cache(), torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def assert_is_product(y: Tensor, x: Tensor, weight: Tensor, k: int | None) -> None:
