@@ -55,8 +55,8 @@ class Run:
 class Recipes:
     """Recipes of one model, learnt from the same token ids; a calibration is made when it is first asked for.
 
-    searched: what sites' sparsities are chosen on, at 50 %. resume: where that search writes how far it is. folder:
-    where the recipes of runs are saved, if they are to be.
+    searched: what sites' sparsities are chosen on, at 50 %, and thresholds in a rotated basis are measured on. resume:
+    where that search writes how far it is. folder: where the recipes of runs are saved, if they are to be.
     """
 
     model: PreTrainedModel
@@ -73,7 +73,7 @@ class Recipes:
         calibrated = self._calibrated(run.method)
         recipe = calibrated.with_sparsity(run.sparsity)
         if promises_an_average(recipe) and recipe.sparsity != calibrated.sparsity:
-            recipe = with_thresholds(self.model, recipe, self.learnt)
+            recipe = self._with_thresholds(recipe)
         recipe = recipe.with_weights(run.weights)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -125,8 +125,11 @@ class Recipes:
         if "allocate" in asked:
             recipe = search_sites(self.model, recipe, self.searched, resume=self.resume)
         if "selection" in asked:
-            recipe = with_thresholds(self.model, recipe.with_selection(asked["selection"]), self.learnt)
+            recipe = self._with_thresholds(recipe.with_selection(asked["selection"]))
         return recipe
+
+    def _with_thresholds(self, recipe: Recipe) -> Recipe:
+        return with_thresholds(self.model, recipe, (recipe.rotations and self.searched) or self.learnt)
 
 
 def promises_an_average(recipe: Recipe) -> bool:

@@ -81,7 +81,8 @@ def calibrate(
             method's paper chooses (larosa: the pair by kind that is best on it, Algorithm 1; teal: greedy by block, on
             the first of these batches; cats: nothing to choose). "search": each site its own, at the bytes that the
             coefficients would read, from what a byte at each costs at the model's output.
-        search: held-out batches to choose on; not those that were calibrated on.
+        search: held-out batches to choose on, and where a threshold selects in a rotated basis to measure it on; not
+            those that were calibrated on.
         resume: a file that allocate="search" writes after each of its rounds, and goes on from where it is there.
         progress: show a progress bar on a terminal.
 
@@ -138,7 +139,9 @@ def calibrate(
     if held_out is not None:
         recipe = _chosen_on(held_out, model, recipe, plan, progress, resume)
     if plan.selection != TOP_K:
-        recipe = with_thresholds(model, recipe, ids, progress)
+        # a basis fits the text that it was learnt from, and leaves more in the trailing features of any other
+        unseen = held_out if held_out is not None and recipe.rotations else ids
+        recipe = with_thresholds(model, recipe, unseen, progress)
     registry.remember_recipe(model, recipe)
     return recipe
 

@@ -82,6 +82,18 @@ def test_it_keeps_on_average_what_was_promised(name: str) -> None:
         assert share == pytest.approx(1 - recipe.sites[path].sparsity, abs=0.01), path
 
 
+def test_thresholds_in_a_rotated_basis_are_measured_on_held_out_text() -> None:
+    """One window of calibration is far fewer tokens than features: the basis fits it, and nothing else."""
+    model = tiny_model("llama", num_hidden_layers=1)
+    learnt, held_out = [token_ids(1, 8, seed=1)], BATCHES
+    recipe = larosa_compile.calibrate(model, learnt, 0.5, search=held_out, selection="relative", progress=False)
+    counting = CountingModel(model, recipe)
+    for batch in held_out:
+        counting(input_ids=batch, use_cache=False)
+    for path, share in counting.shares.items():
+        assert share == pytest.approx(1 - recipe.sites[path].sparsity, abs=0.01), path
+
+
 def test_top_k_is_counted_too() -> None:
     model = tiny_model("llama", num_hidden_layers=1)
     recipe = larosa_compile.calibrate(model, BATCHES[:1], 0.5, progress=False)
