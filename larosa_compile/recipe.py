@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from larosa_compile import recipe_file, registry
 from larosa_compile.errors import RecipeError
 from larosa_compile.fingerprint import locate
+from larosa_compile.memory import return_mapped
 from larosa_compile.passes.selection import TOP_K
 from larosa_compile.recipe_checks import (
     LAROSA,
@@ -234,6 +235,7 @@ class Recipe:
             raise recipe_file.damaged(source, f"its header cannot be read ({error!r})") from error
         if recipe.digest != digest:
             raise recipe_file.damaged(source, f"its contents have digest {recipe.digest[:12]}, it says {digest[:12]!r}")
+        return_mapped(rotations.values())  # all of it was read, to be checked
         return recipe
 
     def __repr__(self) -> str:

@@ -1,7 +1,5 @@
 """Parameters whose memory was given back after they were folded (`options={"release_originals": True}`)."""
 
-import ctypes
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -77,16 +75,6 @@ def release(parameter: torch.Tensor) -> bool:
     storage.resize_(0)
     parameter.__class__ = ReleasedParameter
     return True
-
-
-def return_freed_memory() -> None:
-    """Has the allocator hand freed memory to the system, where it can be asked to (glibc).
-
-    Left to itself it keeps what was freed from between memory in use, which here is a second copy of the model.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _owners(storage: torch.UntypedStorage) -> int:

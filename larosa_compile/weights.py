@@ -12,11 +12,12 @@ from torch.nn import Parameter
 
 from larosa_compile.capture import Captured
 from larosa_compile.errors import StaleWeightsError
+from larosa_compile.memory import return_freed, return_mapped
 from larosa_compile.passes.parameters import Parameters
 from larosa_compile.passes.quantised import stored_in
 from larosa_compile.passes.rewriting import FoldedTensor
 from larosa_compile.recipe import Recipe
-from larosa_compile.released import check_not_released, is_released, release, return_freed_memory
+from larosa_compile.released import check_not_released, is_released, release
 
 Version = tuple[tuple[int, int], ...]
 """What tells whether a parameter was written to: a count and an address for each tensor that holds its values."""
@@ -79,12 +80,14 @@ class FoldedWeights:
                 needed.subtract(spec.paths)
                 if release:
                     self.release(path for path in spec.paths if not needed[path])
+                    return_mapped(recipe.rotations.values())
+        return_mapped(recipe.rotations.values())
 
     def release(self, paths: Iterable[str] | None = None) -> None:
         """Gives back the memory of the parameters, all or these, that only folded weights are made of."""
         wanted = self._releasable if paths is None else set(paths).intersection(self._releasable)
         if sum(release(self._parameters[path]) for path in wanted):
-            return_freed_memory()
+            return_freed()
 
     @property
     def tensors(self) -> list[Tensor]:

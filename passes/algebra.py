@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from larosa_compile.passes.halves import Halves
+from larosa_compile.passes.halves import halves, in_halves, twice
 
 Basis = str | None
 """Name of an orthogonal basis; None is the model's own."""
@@ -64,19 +64,24 @@ def fold_weight(
     factors = None if scale is None else scale.to(wide).reshape(-1, 1)
     left = None if read is None else (read.to(wide) if factors is None else factors * read.to(wide)).T
     right = None if write is None else write.to(wide)
-    if left is not None and right is not None:
-        weight, left, factors = left @ weight.to(wide), None, None
-    with Halves.where_they_pay(weight, out.dtype) as halves:
-        if left is not None:
-            left = halves.of(left, 1)
-            for columns in _slices(weight.shape[1]):
-                out[:, columns] = left @ halves.against(weight[:, columns].to(wide), 0)
-            return out
-        right = None if right is None else halves.of(right, 0)
-        for rows in _slices(weight.shape[0]):
-            part = weight[rows].to(wide)
-            product = part if right is None else halves.against(part, 1) @ right
-            out[rows] = product if factors is None else factors[rows] * product
+    if left is not None:
+        factors = None
+        if right is not None:
+            weight, left = left @ weight.to(wide), None
+    split = factors is None and in_halves(weight, out.dtype)
+    if left is not None:
+        left = halves(left, 1) if split else left
+        for columns in _slices(weight.shape[1]):
+            part = weight[:, columns]
+            out[:, columns] = left @ (twice(part, 0) if split else part.to(wide))
+        return out
+    if right is not None and split:
+        right = halves(right, 0)
+    for rows in _slices(weight.shape[0]):
+        part = weight[rows]
+        if right is not None:
+            part = (twice(part, 1) if split else part.to(wide)) @ right
+        out[rows] = part if factors is None else factors[rows] * part.to(wide)
     return out
 
 
