@@ -25,8 +25,7 @@ from benchmarks import gpu_model, measure
 from benchmarks.gpu_model import DEVICES, GPU_SHAPES, PUBLISHED, Assumptions
 from benchmarks.shapes import Shape
 from larosa_compile.kernels import ops
-from larosa_compile.kernels.formats import FORMATS, PACKED_DTYPE, WeightFormat
-from larosa_compile.passes.pack import UNSORTED
+from larosa_compile.kernels.formats import FORMATS, PACKED_DTYPE, UNSORTED, WeightFormat
 from larosa_compile.passes.plan import kept_features
 from larosa_compile.progress import progress_bar
 from larosa_compile.recipe_checks import OWN_DTYPE

@@ -168,7 +168,7 @@ class SparseGemvTemplate(GemvTemplate):
 
 
 class PackedGemvTemplate(SparseGemvTemplate):
-    """The same over a weight in one of `formats.FORMATS`."""
+    """The same over a weight in one of `formats.KNOWN`."""
 
     name = "larosa_packed_gemv"
     rows_file = "packed_rows.cpp.jinja"

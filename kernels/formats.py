@@ -6,7 +6,7 @@ each group's lines stand its scales, in bfloat16, so that all of a weight is one
 
     [scales of group 0] [feature 0] … [feature group − 1] [scales of group 1] [feature group] …
 
-A format of 4 bits may give its first features two lines each, `16 · high + low`, so 8 bits: of a rotated activation,
+A format may give its first features two lines each, `radix · high + low`, so twice the bits: of a rotated activation,
 whose features are sorted by energy, they carry most.
 
 Lines are padded to whole blocks of 64 bytes. In a block of 8-bit codes, byte c holds column c, in two's complement. A
@@ -35,6 +35,11 @@ class WeightFormat:
     bits: int
     group: int
     fine: int = 0
+
+    @property
+    def radix(self) -> int:
+        """What the high line of a fine feature counts in units of the low one."""
+        return 1 << self.bits
 
     @property
     def block(self) -> int:
@@ -67,7 +72,13 @@ class WeightFormat:
         return (kept + min(kept, self.fine) + self.scale_lines * min(kept, groups)) * width
 
 
-FORMATS = {made.name: made for made in (WeightFormat("int8", 8, 64), WeightFormat("int4", 4, 64, 128))}
+FORMATS = {made.name: made for made in (WeightFormat("int8", 8, 64, 32), WeightFormat("int4", 4, 64, 128))}
+"""What weights may be asked for in."""
+
+UNSORTED = WeightFormat("int8_unsorted", 8, 64)
+"""What they are in where no feature is known to carry more than another."""
+
+KNOWN = FORMATS | {UNSORTED.name: UNSORTED}
 
 
 def format_of(name: str) -> WeightFormat:
@@ -76,9 +87,9 @@ def format_of(name: str) -> WeightFormat:
     Raises:
         ValueError: there is none.
     """
-    if name not in FORMATS:
-        raise ValueError(f"a weight format must be one of {', '.join(map(repr, FORMATS))}, got {name!r}")
-    return FORMATS[name]
+    if name not in KNOWN:
+        raise ValueError(f"a weight format must be one of {', '.join(map(repr, KNOWN))}, got {name!r}")
+    return KNOWN[name]
 
 
 def pack(weight: Tensor, form: WeightFormat) -> Tensor:
@@ -105,7 +116,7 @@ def pack_columns(
             part = chosen[group.features].float()
             scale = _scale(part, group.range)
             codes = (part / torch.where(scale == 0, 1.0, scale)).round_().clamp_(*group.range)
-            encoded = _encode(_halves(codes) if group.is_fine else codes, form)
+            encoded = _encode(_halves(codes, form.radix) if group.is_fine else codes, form)
             first = start * form.bits // 8
             group.lines[:, first : first + encoded.shape[1]] = encoded
             group.scales[start : start + len(scale)] = scale
@@ -128,7 +139,7 @@ def unpack(packed: Tensor, features: int, columns: int, form: WeightFormat) -> T
     for group in _groups(packed, features, form):
         codes = _decode(group.lines, form)
         if group.is_fine:
-            codes = 16 * codes[::2] + codes[1::2]
+            codes = form.radix * codes[::2] + codes[1::2]
         weight[group.features] = (group.scales.float() * codes)[:, :columns]
     return weight
 
@@ -152,8 +163,9 @@ def _groups(packed: Tensor, features: int, form: WeightFormat) -> Iterator[_Grou
         scales, lines = packed[top:].split([form.scale_lines, len(packed) - top - form.scale_lines])
         lines, is_fine = lines[: form.group], first < fine
         count = len(lines) // (1 + is_fine)
-        # halves lie in [−8, 7] each
-        span = (-136, 119) if is_fine else usual
+        # halves lie in [−radix / 2, radix / 2 − 1] each
+        low, high = -form.radix // 2, form.radix // 2 - 1
+        span = (form.radix * low + low, form.radix * high + high) if is_fine else usual
         yield _Group(scales.view(-1).view(torch.bfloat16), lines, slice(first, first + count), is_fine, span)
         first += count
 
@@ -166,10 +178,10 @@ def _scale(part: Tensor, span: tuple[int, int]) -> Tensor:
     return scale.bfloat16().float()
 
 
-def _halves(codes: Tensor) -> Tensor:
-    """`16 · high + low` as two lines, high before low."""
-    high = ((codes + 8) / 16).floor_()
-    return torch.stack([high, codes - 16 * high], 1).flatten(0, 1)
+def _halves(codes: Tensor, radix: int) -> Tensor:
+    """`radix · high + low` as two lines, high before low."""
+    high = ((codes + radix // 2) / radix).floor_()
+    return torch.stack([high, codes - radix * high], 1).flatten(0, 1)
 
 
 def _encode(codes: Tensor, form: WeightFormat) -> Tensor:

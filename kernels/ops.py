@@ -4,7 +4,7 @@
     larosa::keep_above(Tensor x, float threshold, bool relative) -> Tensor  x [..., features]
     larosa::sparse_linear(Tensor x, Tensor weight_t, int? k) -> Tensor  x [rows, in], weight_t [in, out]
     larosa::sparse_linear_packed(Tensor x, Tensor packed, int? k, int columns, str form) -> Tensor
-        the same over a weight [in, columns] in one of `formats.FORMATS`
+        the same over a weight [in, columns] in one of `formats.KNOWN`
     larosa::attend(Tensor query, Tensor key, Tensor values, Tensor? mask, float scale) -> Tensor
         query [batch * heads, width], key and values [batch, groups, length, ·], mask [·, ·, 1, length]
 

@@ -53,7 +53,7 @@ def unpack(packed: ir.IRNode, features: int, columns: int, dtype: torch.dtype, f
         value = code(line, group, column)
         if fine:
             low = code(ops.where(is_fine, ops.add(line, integer(1)), line), group, column)
-            value = ops.where(is_fine, ops.add(ops.mul(value, integer(16)), low), value)
+            value = ops.where(is_fine, ops.add(ops.mul(value, integer(form.radix)), low), value)
         return ops.to_dtype(ops.mul(ops.to_dtype(value, torch.float32), scale(group, column)), dtype)
 
     dense: ir.TensorBox = ir.Pointwise.create(

@@ -234,7 +234,7 @@ def _site_report(folded: FoldedSite, reads_stream: bool, writes_stream: bool) ->
         site.kept_bytes if form is None else form.bytes_read(site.kept, features, outputs),
         reads_stream,
         writes_stream,
-        None if form is None else form.name,
+        None if form is None else f"int{form.bits}",
         site.selection.rule if site.is_sparse else TOP_K,
     )
 

@@ -3,9 +3,8 @@
 Apart from the others, because the self-check stands between: it compares what is exact. Rotations that are computed at
 run time and what stays dense keep the model's dtype, and so do stacks of weights, whose products are not ours.
 
-Four bits need inputs that are sorted by energy: noise is what is rounded off times what it meets, and in a rotated
-activation the first features meet most of it. They have eight bits in that format, and so do all where nothing is
-sorted, in the linears that read no stream.
+Noise is what is rounded off times what it meets, and in a rotated activation the first features meet most of it. So
+they have twice the bits, and linears that read no stream, where nothing is sorted, have eight in every format.
 """
 
 from collections.abc import Sequence
@@ -15,12 +14,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from larosa_compile.kernels import ops
-from larosa_compile.kernels.formats import FORMATS, PACKED_DTYPE, WeightFormat, pack_columns
+from larosa_compile.kernels.formats import FORMATS, PACKED_DTYPE, UNSORTED, WeightFormat, pack_columns
 from larosa_compile.passes.fold import FoldedSite
 from larosa_compile.passes.plan import Site
 from larosa_compile.passes.rewriting import Columns, GraphEditor
-
-UNSORTED = FORMATS["int8"]
 
 
 def pack_sites(editor: GraphEditor, sites: Sequence[FoldedSite], weights: str) -> tuple[FoldedSite, ...]:

@@ -13,7 +13,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import larosa_compile
 from larosa_compile import weights
 from larosa_compile.errors import RecipeError
-from larosa_compile.kernels.formats import FORMATS, PACKED_DTYPE, pack, unpack
+from larosa_compile.kernels.formats import FORMATS, KNOWN, PACKED_DTYPE, UNSORTED, pack, unpack
 from larosa_compile.recipe import Recipe
 from larosa_compile.released import is_released
 from tests.support.models import relative_error, tiny_model, token_ids
@@ -45,7 +45,7 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 def formats_of(recipe: Recipe, name: str) -> dict[str, str]:
     """Path of a weight -> its format, for the untied models here."""
-    return {path: "int8" if site.basis is None else name for path, site in recipe.sites.items()}
+    return {path: UNSORTED.name if site.basis is None else name for path, site in recipe.sites.items()}
 
 
 @EACH
@@ -61,7 +61,7 @@ def test_it_is_the_model_with_rounded_weights(name: str, monkeypatch: pytest.Mon
     def fold(spec: Any, *given: Any) -> Any:
         folded = build(spec, *given)
         if spec.key.startswith("weight "):
-            form = FORMATS[forms[spec.paths[0]]]
+            form = KNOWN[forms[spec.paths[0]]]
             folded.tensor.copy_(unpack(pack(folded.tensor, form), *folded.tensor.shape, form))
             rounded.update(spec.paths)
         return folded
@@ -107,7 +107,8 @@ def test_the_report_counts_what_is_stored(name: str) -> None:
     (graph,) = larosa_compile.explain(fast).graphs
     stored = [kept.tensor for kept in weights._folded.values() if kept.tensor.dtype == PACKED_DTYPE]
     assert sum(site.sparse_bytes for site in graph.sites) == sum(tensor.numel() for tensor in stored)
-    assert {path: site.weights for site in graph.sites for path in site.paths} == formats_of(recipe, name)
+    bits = {path: f"int{KNOWN[form].bits}" for path, form in formats_of(recipe, name).items()}
+    assert {path: site.weights for site in graph.sites for path in site.paths} == bits
     assert name in str(graph) and [site.sparse_bytes for site in planned.sites] == [s.sparse_bytes for s in graph.sites]
 
 

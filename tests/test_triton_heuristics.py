@@ -5,7 +5,7 @@ import torch
 
 from larosa_compile.kernels import reference, triton_threshold
 from larosa_compile.kernels import triton_heuristics as heuristics
-from larosa_compile.kernels.formats import FORMATS, WeightFormat
+from larosa_compile.kernels.formats import KNOWN, WeightFormat
 from larosa_compile.kernels.heuristics import ceil_div
 
 SHAPES = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (11008, 4096), (101, 33), (28672, 8192)]
@@ -22,7 +22,7 @@ def test_parts_cover_the_features(features: int, columns: int, processors: int) 
             assert config.parts == 1 or features >= config.parts * heuristics.MIN_CHUNK
 
 
-@pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
+@pytest.mark.parametrize("form", KNOWN.values(), ids=lambda form: form.name)
 @pytest.mark.parametrize(("features", "columns"), SHAPES)
 def test_packed_parts_are_whole_groups(features: int, columns: int, form: WeightFormat) -> None:
     lines = features + min(features, form.fine)
