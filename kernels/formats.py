@@ -157,15 +157,15 @@ class _Group:
 
 def _groups(packed: Tensor, features: int, form: WeightFormat) -> Iterator[_Group]:
     # one code more below zero than above where codes are few: the extreme value takes it, whatever its sign
-    usual = (-8, 7) if form.bits == 4 else (-127, 127)
+    low, high = -form.radix // 2, form.radix // 2 - 1
+    usual = (low, high) if form.bits == 4 else (-127, 127)
+    both = (form.radix * low + low, form.radix * high + high)
     fine, first = min(features, form.fine), 0
     for top in range(0, len(packed), form.scale_lines + form.group):
         scales, lines = packed[top:].split([form.scale_lines, len(packed) - top - form.scale_lines])
         lines, is_fine = lines[: form.group], first < fine
         count = len(lines) // (1 + is_fine)
-        # halves lie in [−radix / 2, radix / 2 − 1] each
-        low, high = -form.radix // 2, form.radix // 2 - 1
-        span = (form.radix * low + low, form.radix * high + high) if is_fine else usual
+        span = both if is_fine else usual
         yield _Group(scales.view(-1).view(torch.bfloat16), lines, slice(first, first + count), is_fine, span)
         first += count
 

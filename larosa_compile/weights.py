@@ -80,8 +80,7 @@ class FoldedWeights:
                 needed.subtract(spec.paths)
                 if release:
                     self.release(path for path in spec.paths if not needed[path])
-                    return_mapped(recipe.rotations.values())
-        return_mapped(recipe.rotations.values())
+                return_mapped(recipe.rotations.values())
 
     def release(self, paths: Iterable[str] | None = None) -> None:
         """Gives back the memory of the parameters, all or these, that only folded weights are made of."""
