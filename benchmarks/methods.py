@@ -13,22 +13,29 @@ from larosa_compile.passes.selection import TOP_K
 from larosa_compile.recipe import Recipe
 from larosa_compile.recipe_checks import OWN_DTYPE
 from larosa_compile.report import GraphReport
-from larosa_compile.site_search import search_sites
 from larosa_compile.thresholds import with_thresholds
 
 METHODS: dict[str, dict[str, str]] = {
-    "larosa": {},
-    "larosa-search": {"allocate": "search"},
-    "larosa-relative-search": {"allocate": "search", "selection": "relative"},
-    "larosa-threshold": {"selection": "threshold"},
-    "larosa-relative": {"selection": "relative"},
+    "larosa": {"rotation": "layer"},
+    "larosa-search": {"rotation": "layer", "allocate": "search"},
+    "larosa-relative-search": {"rotation": "layer", "allocate": "search", "selection": "relative"},
+    "larosa-threshold": {"rotation": "layer", "selection": "threshold"},
+    "larosa-relative": {"rotation": "layer", "selection": "relative"},
+    "larosa-shared": {"rotation": "auto"},
+    "larosa-shared-search": {"rotation": "auto", "allocate": "search"},
+    "larosa-shared-relative": {"rotation": "auto", "selection": "relative"},
+    "larosa-shared-relative-search": {"rotation": "auto", "allocate": "search", "selection": "relative"},
     "magnitude": {"rotation": "none"},
     "magnitude-relative": {"rotation": "none", "selection": "relative"},
     "teal": {"method": "teal"},
     "teal-greedy": {"method": "teal"},
     "cats": {"method": "cats"},
 }
-"""Name -> arguments of `calibrate`; magnitude has the sites of larosa, not rotated, and greedy chooses besides."""
+"""Name -> arguments of `calibrate`. "larosa" has the paper's settings, "shared" bases that layers share; magnitude has
+the sites of larosa, not rotated, and greedy chooses besides."""
+
+SEARCHED_AT = 0.5
+"""The nominal sparsity at whose bytes, as larosa reads them, a search chooses."""
 
 STEPS = 30
 """Of a bisection for a sparsity."""
@@ -55,14 +62,13 @@ class Run:
 class Recipes:
     """Recipes of one model, learnt from the same token ids; a calibration is made when it is first asked for.
 
-    searched: what sites' sparsities are chosen on, at 50 %, and thresholds in a rotated basis are measured on. resume:
-    where that search writes how far it is. folder: where the recipes of runs are saved, if they are to be.
+    searched: what sites' sparsities are chosen on, and thresholds in a rotated basis are measured on. resume: a folder
+    where searches write how far they are. folder: where the recipes of runs are saved, if they are to be.
     """
 
     model: PreTrainedModel
     learnt: list[torch.Tensor]
     searched: list[torch.Tensor] = field(default_factory=list)
-    rotation: str = "layer"
     resume: Path | None = None
     folder: Path | None = None
     _made: dict[str, Recipe] = field(default_factory=dict)
@@ -109,24 +115,29 @@ class Recipes:
 
     def _calibrated(self, method: str) -> Recipe:
         if method not in self._made:
-            asked = METHODS[method]
-            if method != "larosa" and asked.keys() <= {"allocate", "selection"}:
-                self._made[method] = self._on_the_bases_of_larosa(asked)
-            else:
-                arguments: Any = {"rotation": self.rotation} if method == "larosa" else dict(asked)
-                if method.endswith("-greedy"):
-                    arguments["search"] = self.learnt[:1]
-                self._made[method] = larosa_compile.calibrate(self.model, self.learnt, sparsity=0.5, **arguments)
+            self._made[method] = self._make(method)
         return self._made[method]
 
-    def _on_the_bases_of_larosa(self, asked: dict[str, str]) -> Recipe:
-        """What `calibrate` would make with these arguments; its longest part, the bases, is made once for all."""
-        recipe = self._calibrated("larosa")
+    def _make(self, method: str) -> Recipe:
+        asked: dict[str, Any] = dict(METHODS[method])
+        if "rotation" in asked and "selection" in asked:
+            # what `calibrate` would make with these arguments; its longest part is made once
+            selection = asked.pop("selection")
+            plainer = next(name for name, arguments in METHODS.items() if arguments == asked)
+            return self._with_thresholds(self._calibrated(plainer).with_selection(selection))
+        sparsity: float | None = SEARCHED_AT
+        if method.endswith("-greedy"):
+            asked["search"] = self.learnt[:1]
         if "allocate" in asked:
-            recipe = search_sites(self.model, recipe, self.searched, resume=self.resume)
-        if "selection" in asked:
-            recipe = self._with_thresholds(recipe.with_selection(asked["selection"]))
-        return recipe
+            share = self.promised("larosa", self._calibrated("larosa"))
+            plainer = next(name for name, arguments in METHODS.items() if arguments == {"rotation": asked["rotation"]})
+            sparsity = self.equal_bytes(plainer, share)
+            asked["search"] = self.searched
+            if self.resume is not None:
+                self.resume.mkdir(parents=True, exist_ok=True)
+                asked["resume"] = self.resume / f"{method}.json"
+        assert sparsity is not None
+        return larosa_compile.calibrate(self.model, self.learnt, sparsity, **asked)
 
     def _with_thresholds(self, recipe: Recipe) -> Recipe:
         return with_thresholds(self.model, recipe, (recipe.rotations and self.searched) or self.learnt)

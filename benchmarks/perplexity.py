@@ -4,7 +4,7 @@ Windows of `--context` tokens without overlap, through the compiled graph. Proto
 next-token losses), first-dense (the first token of each window goes through the dense model, the others go on from its
 cache), decode (so does the first half, and losses of the second half count). Calibration takes windows from the start
 of its text, evaluation from the middle of its own on, so that one text may serve both; methods that end in `-search`
-choose at 50 % on the windows between.
+choose on the windows between, at the bytes that larosa reads at 50 %.
 
 Bytes skipped are of all linear weights, rotations counted against them. Where thresholds select, which promise an
 average only, they are those of what was kept in the evaluated windows, counted; such methods run operation by
@@ -87,12 +87,12 @@ def main() -> None:
     }
     between = texts[arguments.calibration][: len(texts[arguments.calibration]) // 2][arguments.calibration_windows :]
     searched = between[: arguments.search_windows]
-    recipes = methods.Recipes(model, learnt, searched, arguments.rotation, arguments.resume, arguments.recipes)
+    recipes = methods.Recipes(model, learnt, searched, arguments.resume, arguments.recipes)
     tokens = len(learnt) * arguments.context
     described = {
         "model": arguments.model,
         "context": arguments.context,
-        "calibration": f"{arguments.calibration}, {tokens} tokens, rotation {arguments.rotation}",
+        "calibration": f"{arguments.calibration}, {tokens} tokens",
     }
     records = []
     for record in measured(model, recipes.of, planned(arguments, recipes), held_out):
@@ -112,14 +112,15 @@ def planned(arguments: argparse.Namespace, recipes: methods.Recipes) -> list[Run
     larosa = recipes.of(Run("larosa", "model", 0.5))
     equal = []
     for run in runs:
-        equal.append(run)
+        if run.method == "larosa" or arguments.equal_bytes == "besides":
+            equal.append(run)
         if run.method == "larosa":
             continue
         share = recipes.promised("larosa", larosa.with_sparsity(run.sparsity))
         found = recipes.equal_bytes(run.method, share)
         if found is None:
             out.print(f"{run.method} cannot skip {share:.1%} of the weight bytes, as larosa does at {run.sparsity:.0%}")
-        elif abs(found - run.sparsity) >= NOTHING:
+        elif abs(found - run.sparsity) >= NOTHING or arguments.equal_bytes == "only":
             equal.append(replace(run, sparsity=found, place=run.sparsity))
     return equal
 
@@ -251,15 +252,20 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--calibration", default="wiki", help=f"to calibrate on: {known} (default: wiki)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["larosa"])
     parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=["all"])
-    parser.add_argument("--equal-bytes", action="store_true", help="besides, all skipping what larosa skips")
+    parser.add_argument(
+        "--equal-bytes",
+        nargs="?",
+        const="besides",
+        choices=("besides", "only"),
+        help="besides, or only, all skipping what larosa skips",
+    )
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=["model"], help="formats of weights")
     parser.add_argument("--sparsities", nargs="+", type=measure.sparsity)
-    parser.add_argument("--rotation", default="layer", choices=("layer", "model", "auto", "none"))
     parser.add_argument("--context", type=measure.positive, default=1024)
     parser.add_argument("--windows", type=measure.positive, help="to evaluate on, at least 2 (default: 16)")
     parser.add_argument("--calibration-windows", type=measure.positive, help="(default: 24)")
     parser.add_argument("--search-windows", type=measure.positive, default=24, help="for larosa-search (default: 24)")
-    parser.add_argument("--resume", type=Path, help="where the search of larosa-search writes how far it is")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="where searches write how far they are")
     parser.add_argument("--recipes", type=Path, metavar="FOLDER", help="save the recipe of every run there")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--json", type=Path, help="write the records to this file, anew after every run")

@@ -17,10 +17,15 @@ Rotation = Literal["auto", "layer", "model", "none"] | int
 """How many layers share a basis: one each, all, that many; "auto" as few as `MAX_ADAPTER_SHARE` allows; "none" leaves
 every activation in its own basis."""
 
-MAX_ADAPTER_SHARE = 0.05
+CANDIDATES: tuple[Rotation, ...] = ("auto", "layer", 4, "model")
+"""What a search compares where "auto" decides. The first, which is "auto" without a search, says how many bytes all
+of them read."""
+
+MAX_ADAPTER_SHARE = 0.02
 """What residual adapters may add to the weight bytes that a decode step reads inside blocks, where "auto" decides.
 
-Each basis more fits its layers better, and costs an adapter of features² weights, which is read whole.
+Each basis more fits its layers better, and costs an adapter of features² weights, which is read whole: dropping less
+elsewhere is nearly always the better use of these bytes (docs/accuracy.md).
 """
 
 MIN_OUTPUTS_PER_FEATURE = 16

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import larosa_compile
 from larosa_compile import registry
-from larosa_compile.allocation import Coefficients, Rotation
+from larosa_compile.allocation import CANDIDATES, Coefficients, Rotation
 from larosa_compile.allocation import allocate as allocated
 from larosa_compile.arguments import checked_count, checked_sparsity
 from larosa_compile.block_search import greedy_allocation
@@ -28,6 +28,9 @@ from larosa_compile.recipe_checks import LAROSA
 from larosa_compile.released import check_not_released
 from larosa_compile.site import SiteRecipe
 from larosa_compile.thresholds import with_thresholds
+
+Allocations = dict[Rotation, dict[str, SiteRecipe]]
+"""Sites by path, for each of several ways to share bases between layers."""
 
 Batches = str | Iterable[str] | Iterable[Tensor]
 """Token ids `[batch, tokens]` or `[tokens]`, or texts, for which a tokenizer is needed."""
@@ -73,8 +76,9 @@ def calibrate(
             "threshold" or "relative" (in units of a row's root mean square); teal: "threshold" (its own) or "relative";
             cats: "gate". Thresholds keep what was promised on average over text like `batches`.
         rotation: "layer" (the paper's: one basis a layer), "model", a number of layers a basis, "none", or "auto": as
-            few layers a basis as keep residual adapters below 5 % of the weight bytes read inside blocks. By default
-            "layer" for larosa; the other methods have "none".
+            few layers a basis as keep residual adapters below 2 % of the weight bytes read inside blocks, or with
+            allocate="search" what is best of several at these bytes. By default
+            "auto" for larosa, where the paper has "layer"; the other methods have "none".
         coefficients: site sparsity per unit of nominal sparsity by kind; by default the paper's values for larosa, and
             1 for the others.
         allocate: how sparsity is split. "paper": with these coefficients, or where there is held-out text as the
@@ -122,9 +126,12 @@ def calibrate(
         raise OptionError("search needs held-out token ids or texts, got none; pass some, or leave search out")
 
     registry.remember_paths(model)
-    sites: dict[str, SiteRecipe] = {}
-    moments = Moments()
-    observed = _observing(model, sites, moments, sparsity, plan)
+    # the bases of every candidate are sums of those of layers
+    compares = plan.search == SITES and plan.rotation == "auto"
+    observed_in: Rotation = "layer" if compares else plan.rotation
+    allocations: Allocations = {way: {} for way in (CANDIDATES if compares else (observed_in,))}
+    sites, moments = allocations[observed_in], Moments()
+    observed = _observing(model, allocations, sites, moments, sparsity, plan)
     with torch.no_grad(), progress_bar(progress) as bar:
         # without rotations there is nothing to learn here but which sites there are
         for batch in bar.track(ids if plan.rotation != "none" else ids[:1], description="calibrating"):
@@ -136,6 +143,10 @@ def calibrate(
         bar.remove_task(eigen)
 
     recipe = Recipe(sparsity, sites, rotations, fingerprint(model), _provenance(ids, plan), spectra, method=plan.method)
+    if held_out is not None and compares:
+        from larosa_compile.granularity import best_granularity, with_other_bases
+
+        recipe = best_granularity(model, with_other_bases(recipe, moments, allocations), held_out, progress)
     if held_out is not None:
         recipe = _chosen_on(held_out, model, recipe, plan, progress, resume)
     if plan.selection != TOP_K:
@@ -211,18 +222,22 @@ def _described(item: object) -> str:
 
 def _observing(
     model: torch.nn.Module,
-    sites: dict[str, SiteRecipe],
+    allocations: Allocations,
+    observed: dict[str, SiteRecipe],
     moments: Moments,
     sparsity: float,
     plan: Asked,
 ) -> Any:
-    """The model compiled so that its own graphs report to `moments`; fills `sites` as graphs are captured."""
+    """The model compiled so that its own graphs report to `moments`, in the bases of the sites of one allocation.
+
+    Fills all allocations as graphs are captured.
+    """
 
     def observe_graph(captured: Captured) -> Boxed:
         facts = facts_of(captured.graph, captured.fake_mode)
-        found = allocated(facts, sparsity, plan.coefficients, plan.rotation, plan.selection)
-        sites.update(found)
-        observe(facts, found, moments.add)
+        for way, sites in allocations.items():
+            sites |= allocated(facts, sparsity, plan.coefficients, way, plan.selection)
+        observe(facts, observed, moments.add)
         module = captured.graph.module
         return boxed(lambda inputs: module(*inputs))
 

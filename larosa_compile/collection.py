@@ -89,7 +89,7 @@ class Collection:
         provenance: dict[str, JSON] = {
             "tokens": tokens,
             "source": "traffic",
-            "rotation": "layer",
+            "rotation": "auto",
             "versions": versions(),
         }
         rotations, spectra = self._moments.principal_components()

@@ -67,7 +67,7 @@ def explain(
     def plan_graph(captured: Captured) -> Boxed:
         planned, module = captured.copy(), captured.graph.module
         if recipe is None:
-            choices = allocate(facts_of(planned.graph, planned.fake_mode), sparsity, Coefficients(), "layer")
+            choices = allocate(facts_of(planned.graph, planned.fake_mode), sparsity, Coefficients(), "auto")
             origin = f"not calibrated: the plan at nominal sparsity {sparsity:g}"
         else:
             planned = planned.renamed(recipe.locate(planned.shapes))

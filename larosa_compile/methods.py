@@ -72,7 +72,7 @@ def asked(
             "one of these"
         )
     if rotation is None:
-        rotation = "layer" if known.rotates else "none"
+        rotation = "auto" if known.rotates else "none"
     check_rotation(rotation)
     if rotation != "none" and not known.rotates:
         raise OptionError(

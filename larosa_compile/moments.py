@@ -32,6 +32,14 @@ class Moments:
             total.addmm_(x.T.to(total.device), x.to(total.device))
         self._rows[reader] += len(x)
 
+    def joined(self, owners: Mapping[str, str]) -> "Moments":
+        """The moments of bases that stand for several of these. owners: basis -> the one that it becomes a part of."""
+        joined = Moments()
+        for basis, total in self.sums.items():
+            owner = owners[basis]
+            joined.sums[owner] = joined.sums[owner] + total if owner in joined.sums else total
+        return joined
+
     def principal_components(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Rotations and spectra by basis.
 

@@ -62,7 +62,7 @@ def compile_online(captured: Captured, config: Config, started: float) -> Boxed:
         observing = captured.copy()
         facts = facts_of(observing.graph, observing.fake_mode)
         sparsity = collection.sparsity if config.sparsity is None else config.sparsity
-        choices = allocate(facts, sparsity, Coefficients(), "layer")
+        choices = allocate(facts, sparsity, Coefficients(), "auto")
         if not choices:
             return _without_sites(captured, config)
         choices = collection.join(captured, choices)

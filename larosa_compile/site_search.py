@@ -19,6 +19,7 @@ from larosa_compile import registry
 from larosa_compile.budget import Offer, spend
 from larosa_compile.calibration import text_digest
 from larosa_compile.errors import OptionError
+from larosa_compile.held_out import HeldOut, first
 from larosa_compile.progress import progress_bar
 from larosa_compile.propagation import NEAR, Marginal, PropagatedSite, Propagation
 from larosa_compile.recipe import JSON, Recipe
@@ -26,12 +27,6 @@ from larosa_compile.recipe import JSON, Recipe
 ROUNDS = 4
 MEASURED_TOKENS = 4096
 """Of a round: what marginal costs are measured on."""
-
-CHECK_TOKENS = 4096
-"""What a round is kept or dropped by. Their dense logits stay in memory."""
-
-PIECE = 512
-"""Tokens of a piece that the held-out text is cut into: more places of it for the same work, and less memory."""
 
 FIRST_STEP = 0.12
 """How far a site may move in the first round, as a share of its features."""
@@ -75,51 +70,37 @@ def search_sites(
 ) -> Recipe:
     """The recipe with each site's coefficient chosen on `held_out`, at the bytes that `recipe` reads.
 
-    held_out: token ids [batch, tokens], cut into pieces; every third decides what is kept, the others are measured on.
+    held_out: token ids [batch, tokens]; every third piece decides what is kept, and the others are measured on.
     resume: a file that is written after every round; a search of the same recipe on the same text goes on from it.
 
     Raises:
         OptionError: there are fewer than two pieces, the model is traced as several graphs, or `resume` is no file of
             this search.
     """
-    pieces = [
-        piece for ids in held_out for piece in ids.split(PIECE, -1) if piece.shape[-1] == min(PIECE, ids.shape[-1])
-    ]
-    if len(pieces) < 2:
-        raise OptionError(
-            f"allocate='search' needs at least two pieces of {PIECE} tokens of held-out text, or two batches, to "
-            f"measure on one and check on another, got {len(pieces)}; pass more text as search=…"
-        )
-    checked = _first(pieces[1::3], CHECK_TOKENS)
-    measured = [piece for index, piece in enumerate(pieces) if index % 3 != 1]
+    text = HeldOut.of(held_out)
     key = _key(recipe, held_out)
     with progress_bar(progress) as bar:
         task = bar.add_task("sparsity of sites", total=1 + ROUNDS)
         state = _read(resume, key)
-        propagation = Propagation(model, recipe, pieces[0])
+        propagation = Propagation(model, recipe, text.checked[0])
         sites = {
             name: site
             for name, site in propagation.sites.items()
             if site.feature_bytes and recipe.sites[name].sparsity > 0
         }
-        start = {name: site.kept for name, site in propagation.sites.items()}
         budget = sum(site.feature_bytes * site.kept for site in sites.values())
-        dense = [propagation.logits(ids) for ids in checked]
-
-        def score(kept: Mapping[str, int]) -> float:
-            found = [propagation.divergence(ids, kept, logits) for ids, logits in zip(checked, dense, strict=True)]
-            return sum(found) / len(found)
-
+        dense = [propagation.logits(ids) for ids in text.checked]
         if state is None:
-            first = score(start)
-            state = _State(key, start, first, first, FIRST_STEP, 0, {}, {})
+            start = propagation.kept(recipe)
+            before = propagation.mean_divergence(text.checked, start, dense)
+            state = _State(key, start, before, before, FIRST_STEP, 0, {}, {})
         bar.update(task, completed=1 + state.round)
         while state.round < ROUNDS and state.step >= LAST_STEP and sites:
-            squares = _measure(propagation, sites, state, measured)
+            squares = _measure(propagation, sites, state, text.measured)
             reached = {name: site for name, site in sites.items() if name in squares}
             rest = sum(site.feature_bytes * state.kept[name] for name, site in sites.items() if name not in squares)
             kept = state.kept | spend(_offers(reached, state, squares), budget - rest)
-            found = score(kept)
+            found = propagation.mean_divergence(text.checked, kept, dense)
             if found < state.best:
                 state.kept, state.best, state.step = kept, found, state.step * 0.7
             else:
@@ -136,7 +117,7 @@ def _measure(
     propagation: Propagation, sites: Mapping[str, PropagatedSite], state: _State, measured: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """Adds what this round's share of the batches says to what is known; returns the mean squares by rank."""
-    share = len(_first(measured, MEASURED_TOKENS))
+    share = len(first(measured, MEASURED_TOKENS))
     for values in (state.slopes, state.energies):
         values.update({name: value * MEMORY for name, value in values.items()})
     sums: dict[str, Marginal] = {}
@@ -206,17 +187,6 @@ def _applied(recipe: Recipe, propagation: Propagation, state: _State, held_out: 
         "after": state.best,
     }
     return recipe.with_sites(sites, {"allocation": allocation})
-
-
-def _first(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """As many batches as hold so many tokens, and one at least."""
-    count, taken = 0, list[Tensor]()
-    for batch in batches:
-        if taken and count + batch.numel() > tokens:
-            break
-        taken.append(batch)
-        count += batch.numel()
-    return taken
 
 
 def _key(recipe: Recipe, held_out: Sequence[Tensor]) -> str:
