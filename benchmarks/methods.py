@@ -76,7 +76,7 @@ class Recipes:
 
     def of(self, run: Run) -> Recipe:
         """The recipe of a run, thresholds measured at its sparsity."""
-        calibrated = self._calibrated(run.method)
+        calibrated = self.calibrated(run.method)
         recipe = calibrated.with_sparsity(run.sparsity)
         if promises_an_average(recipe) and recipe.sparsity != calibrated.sparsity:
             recipe = self._with_thresholds(recipe)
@@ -92,7 +92,7 @@ class Recipes:
 
         As far as a recipe promises: thresholds keep their share on average.
         """
-        recipe = self._calibrated(method)
+        recipe = self.calibrated(method)
         if self.promised(method, recipe.with_sparsity(MOST)) < share:
             return None
         low, high = 0.0, MOST
@@ -104,16 +104,22 @@ class Recipes:
 
     def promised(self, method: str, recipe: Recipe) -> float:
         """The share of linear weight bytes that a recipe of a method skips, weights in the model's dtype."""
-        if method not in self._reports:
-            self._reports[method] = larosa_compile.explain(self.model, recipe=recipe).graphs[0]
-        report = self._reports[method]
+        report = self.report(method)
         shares = {
             site.paths[0]: kept_features(recipe.sites[site.paths[0]].sparsity, site.features) / site.features
             for site in report.sites
         }
         return report.with_shares(shares).bytes_skipped_share
 
-    def _calibrated(self, method: str) -> Recipe:
+    def report(self, method: str) -> GraphReport:
+        """What `explain` says of a method."""
+        if method not in self._reports:
+            recipe = self.calibrated(method)
+            self._reports[method] = larosa_compile.explain(self.model, recipe=recipe).graphs[0]
+        return self._reports[method]
+
+    def calibrated(self, method: str) -> Recipe:
+        """The recipe of a method, at the sparsity that it was made at; made when it is first asked for."""
         if method not in self._made:
             self._made[method] = self._make(method)
         return self._made[method]
@@ -124,12 +130,12 @@ class Recipes:
             # what `calibrate` would make with these arguments; its longest part is made once
             selection = asked.pop("selection")
             plainer = next(name for name, arguments in METHODS.items() if arguments == asked)
-            return self._with_thresholds(self._calibrated(plainer).with_selection(selection))
+            return self._with_thresholds(self.calibrated(plainer).with_selection(selection))
         sparsity: float | None = SEARCHED_AT
         if method.endswith("-greedy"):
             asked["search"] = self.learnt[:1]
         if "allocate" in asked:
-            share = self.promised("larosa", self._calibrated("larosa"))
+            share = self.promised("larosa", self.calibrated("larosa"))
             plainer = next(name for name, arguments in METHODS.items() if arguments == {"rotation": asked["rotation"]})
             sparsity = self.equal_bytes(plainer, share)
             asked["search"] = self.searched

@@ -34,14 +34,17 @@ def with_other_bases(
     """
     made: dict[Rotation, Recipe] = {}
     for rotation, sites in allocations.items():
-        if sites == recipe.sites:
-            made[rotation] = recipe
-        elif all(sites != other.sites for other in made.values()):
-            bases = ((site.basis, sites[path].basis) for path, site in recipe.sites.items())
-            owners = {basis: owner for basis, owner in bases if basis is not None and owner is not None}
-            rotations, spectra = moments.joined(owners).principal_components()
-            made[rotation] = replace(recipe, sites=sites, rotations=rotations, spectra=spectra)
+        if any(sites == other.sites for other in made.values()):
+            continue
+        made[rotation] = recipe if sites == recipe.sites else _with_bases(recipe, moments, sites)
     return made
+
+
+def _with_bases(recipe: Recipe, moments: Moments, sites: Mapping[str, SiteRecipe]) -> Recipe:
+    bases = ((site.basis, sites[path].basis) for path, site in recipe.sites.items())
+    owners = {basis: owner for basis, owner in bases if basis is not None and owner is not None}
+    rotations, spectra = moments.joined(owners).principal_components()
+    return replace(recipe, sites=sites, rotations=rotations, spectra=spectra)
 
 
 def best_granularity(

@@ -26,10 +26,15 @@ def return_freed() -> None:
         trim(0)
 
 
-def return_mapped(tensors: Iterable[Tensor]) -> None:
+_PAGEOUT = 21
+"""MADV_PAGEOUT of Linux 5.4, which Python 3.11 has no name for; older kernels refuse it, and nothing happens."""
+
+
+def return_mapped(tensors: Iterable[Tensor], written: bool = False) -> None:
     """Takes what was read of tensors in mapped files out of the process; whoever reads it again finds it in the file.
 
-    Tensors in other memory are left alone, and so are pages that they share with something else.
+    written: whether somebody may have written to them since. What was written is kept then, and the file's pages leave
+    the system's cache as well. Tensors in other memory are left alone, and so are pages that they share with others.
     """
     advise = _libc("madvise")
     if advise is None or not _MAPS.exists():
@@ -40,7 +45,8 @@ def return_mapped(tensors: Iterable[Tensor]) -> None:
         place = bisect_right(ranges, (start, sys.maxsize)) - 1
         first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
         if place >= 0 and end <= ranges[place][1] and first < last:
-            advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+            advice = _PAGEOUT if written else mmap.MADV_DONTNEED
+            advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
 
 
 def _lines() -> list[str]:

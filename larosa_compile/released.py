@@ -8,6 +8,7 @@ from torch import nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from larosa_compile.errors import ReleasedWeightsError
+from larosa_compile.memory import return_mapped
 
 _METADATA = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad", "_version")
 _METHODS = ("size", "dim", "stride", "numel", "is_floating_point", "is_complex", "requires_grad_", "__hash__")
@@ -66,11 +67,17 @@ def check_not_released(parameters: Iterable[torch.Tensor]) -> None:
 
 
 def release(parameter: torch.Tensor) -> bool:
-    """Gives a parameter's memory back; False where it is not its own: shared with another tensor, or a mapped file."""
+    """Gives a parameter's memory back; False where it is not its own: shared with another tensor, or a mapped file.
+
+    What was read of a mapped file leaves the process all the same, and the parameter can be read again.
+    """
     if type(parameter) is not nn.Parameter:
         return False
     storage = parameter.untyped_storage()
-    if not storage.resizable() or _owners(storage) > 1:
+    if not storage.resizable():
+        return_mapped([parameter], written=True)
+        return False
+    if _owners(storage) > 1:
         return False
     storage.resize_(0)
     parameter.__class__ = ReleasedParameter

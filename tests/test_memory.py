@@ -1,5 +1,6 @@
 """Memory handed back: what stays in the process, and that no value is lost with it."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -36,3 +37,19 @@ def test_memory_without_a_file_is_left_alone() -> None:
     expected = values.sum()
     return_mapped([values, torch.empty(0), torch.ones(3)])
     assert values.sum() == expected
+
+
+def test_what_was_written_to_a_mapped_tensor_stays(tmp_path: Path) -> None:
+    path = tmp_path / "mapped"
+    with path.open("wb") as file:
+        torch.randn(ENTRIES).numpy().tofile(file)
+        file.flush()
+        os.fsync(file)  # what is not on the disk yet cannot be dropped
+    mapped = torch.from_file(str(path), shared=False, size=ENTRIES, dtype=torch.float32)
+    mapped[5000], expected = 7.0, mapped.clone()
+    expected[5000] = 7.0
+    before = resident_bytes_of_files()
+    return_mapped([mapped], written=True)
+    # the system may keep what it holds in one piece with the page that was written
+    assert before - resident_bytes_of_files() > 0.5 * mapped.nbytes
+    assert torch.equal(mapped, expected)

@@ -3,17 +3,19 @@
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import larosa_compile
 from larosa_compile.errors import OptionError, ReleasedWeightsError
 from larosa_compile.recipe import Recipe
 from larosa_compile.released import ReleasedParameter, is_released, release
-from tests.support.models import tiny_model, token_ids
+from tests.support.models import relative_error, tiny_model, token_ids
 
 
 @pytest.fixture(autouse=True)
@@ -128,3 +130,19 @@ def test_the_option_is_checked(recipe: Recipe) -> None:
     with pytest.raises(Exception, match="'release_originals' must be True or False") as raised:
         logits(compiled(tiny_model("llama"), recipe, release_originals="yes"), token_ids(1, 7))
     assert isinstance(raised.value, OptionError) or "OptionError" in str(raised.value)
+
+
+def test_a_model_in_a_mapped_file_leaves_the_process_and_can_be_used(recipe: Recipe, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert not weight.untyped_storage().resizable()
+    ids = token_ids(1, 7)
+    dense = logits(model, ids)
+    with torch.no_grad():
+        weight[0, 0] += 1  # a page that is not the file's any more
+    expected = logits(model, ids)
+    assert not torch.equal(dense, expected)
+    fast = compiled(model, recipe.with_sparsity(0))
+    assert relative_error(logits(fast, ids), expected) < 1e-5
+    assert torch.equal(logits(model, ids), expected)
