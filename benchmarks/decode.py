@@ -132,17 +132,19 @@ def speeds(subject: Subject, context: int, sizes: dict[Variant, int], tokens: in
 
 
 def alone(records: list[dict[str, Any]], recipe: Recipe | None) -> None:
-    """Fills in what a process of each record's own reports: `compile_s`, `peak_rss_mb`, `rss_mb` and `split`."""
+    """Fills in what a process of each record's own reports: `compile_s`, `peak_rss_mb`, `rss_mb` and `split`.
+
+    records: of one model.
+    """
     with tempfile.TemporaryDirectory() as folder, progress_bar(True) as bar:
         saved = Path(folder) / "recipe.larosa.safetensors"
         if recipe is not None:
             recipe.save(saved)
+        model = shapes.checkpoint(records[0]["model"], records[0]["layers"], Path(folder) / "model")
         for record in bar.track(records, description="a process each"):
             command = [sys.executable, "-m", "benchmarks.decode", "--child", record["variant"], "--recipe", str(saved)]
-            command += ["--shape", record["model"], "--sparsities", str(record["sparsity"])]
+            command += ["--shape", model, "--sparsities", str(record["sparsity"])]
             command += ["--contexts", str(record["context"])]
-            if record["model"] in shapes.SHAPES:
-                command += ["--layers", str(record["layers"])]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
             if run.returncode:
                 said = (run.stderr.strip().splitlines() or ["no message"])[-1]
@@ -154,7 +156,7 @@ def alone(records: list[dict[str, Any]], recipe: Recipe | None) -> None:
 def child(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a variant costs by itself. Its prompt is random: neither time nor memory depends on the words."""
     variant = Variant(arguments.child, arguments.sparsities[0])
-    model = shapes.build(arguments.shape[0], arguments.layers)
+    model = shapes.build(arguments.shape[0])
     recipe = Recipe.load(arguments.recipe) if variant.is_larosa else None
     prompt = Prompt.read_by(model, decoding.random_ids(model, arguments.contexts[0], seed=2))
     with fresh_cache():

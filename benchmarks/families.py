@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks.family_overrides import BASE, COUNT_FROM_ZERO, OVERRIDES, UNSUPPORTED
+from larosa_compile.caches import CACHE
 
 # Sizes differ from each other wherever a config allows it, so that no coincidence of shapes hides an error, and stay
 # above 16 and a multiple of four, which grouped matrix products ask for.
@@ -114,7 +115,7 @@ def example_inputs(model: PreTrainedModel, batch: int = 1, tokens: int = 12, see
 
 def cache_of(output: Any) -> tuple[str, Any]:
     """The cache in a model's output, and the name of the argument that takes it back."""
-    for name in ("past_key_values", "cache_params", "past_buckets_states", "mems", "state"):
+    for name in (CACHE, "cache_params", "past_buckets_states", "mems", "state"):
         if getattr(output, name, None) is not None:
             return name, getattr(output, name)
     raise ValueError(f"no cache in {type(output).__name__}, only {', '.join(output.keys())}")

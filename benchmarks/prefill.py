@@ -20,6 +20,7 @@ from transformers import StaticCache
 
 from benchmarks import decoding, measure, shapes
 from benchmarks.decoding import Subject, Variant
+from larosa_compile.caches import CACHE
 from larosa_compile.decoding import Forward, Spread
 from larosa_compile.progress import progress_bar
 
@@ -73,7 +74,7 @@ def measured(
 def _seconds(forward: Forward, ids: torch.Tensor, cache: StaticCache) -> float:
     with torch.no_grad():
         start = time.perf_counter()
-        forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        forward(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         return time.perf_counter() - start
 
 

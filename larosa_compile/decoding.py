@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, StaticCache
 
+from larosa_compile.caches import CACHE
+
 Forward = Callable[..., Any]
 
 ROOM = 128
@@ -47,7 +49,7 @@ class Prompt:
         # all logits of a long prompt would be the largest tensor of the process
         last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         with torch.no_grad():
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True, **last)
+            output = model(input_ids=ids, **{CACHE: cache}, use_cache=True, **last)
         return cls(length, cache, output.logits[:, -1:].argmax(-1))
 
     def decode_seconds(self, forward: Forward, tokens: int) -> list[float]:
@@ -60,7 +62,7 @@ class Prompt:
             for index in range(tokens):
                 position = torch.tensor([[self.length + index]], device=step.device)
                 start = time.perf_counter()
-                output = forward(input_ids=step, past_key_values=cache, use_cache=True, position_ids=position)
+                output = forward(input_ids=step, **{CACHE: cache}, use_cache=True, position_ids=position)
                 step = output.logits[:, -1:].argmax(-1)
                 if step.device.type != "cpu":
                     torch.accelerator.synchronize(step.device)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from larosa_compile.caches import CACHE
+
 SLICE = 2**22
 """Logits that are widened at a time: fresh memory for all of them would cost more than the arithmetic on them."""
 
@@ -35,8 +37,8 @@ def next_token_losses(
                 logits = model(input_ids=ids, use_cache=False).logits
             else:
                 before = dense(input_ids=ids[:, :dense_tokens], use_cache=True)
-                cache = before.past_key_values
-                after = model(input_ids=ids[:, dense_tokens:], past_key_values=cache, use_cache=True)
+                cache = before[CACHE]
+                after = model(input_ids=ids[:, dense_tokens:], **{CACHE: cache}, use_cache=True)
                 logits = torch.cat([before.logits, after.logits], 1)
             logits, wanted = logits[:, counted_from:-1].flatten(0, 1), ids[:, counted_from + 1 :].flatten()
             rows = max(1, SLICE // logits.shape[-1])

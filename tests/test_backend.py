@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, StaticCache
 
 import larosa_compile
 from larosa_compile import registry
+from larosa_compile.caches import CACHE
 from larosa_compile.errors import (
     InferenceOnlyError,
     MissingRecipeError,
@@ -87,12 +88,12 @@ def decode(model: Any, config: Any, ids: torch.Tensor, steps: int) -> tuple[list
     cache = StaticCache(config=config, max_cache_len=ids.shape[1] + steps)
     tokens: list[int] = []
     with torch.no_grad():
-        last = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+        last = model(input_ids=ids, **{CACHE: cache}, use_cache=True).logits[:, -1]
         for step in range(steps):
             tokens.append(int(last.argmax()))
             position = torch.tensor([[ids.shape[1] + step]])
             last = model(
-                input_ids=torch.tensor([tokens[-1:]]), past_key_values=cache, use_cache=True, position_ids=position
+                input_ids=torch.tensor([tokens[-1:]]), **{CACHE: cache}, use_cache=True, position_ids=position
             ).logits[:, -1]
     return tokens, last
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import larosa_compile
 from larosa_compile import site_search
+from larosa_compile.caches import CACHE
 from larosa_compile.calibration import token_batches
 from larosa_compile.cli.app import app
 from larosa_compile.config import Config
@@ -188,10 +189,10 @@ def test_generate_compiles_once_for_prompts_of_all_lengths(folder: Path) -> None
     ids = torch.tensor([tokenizer(prompts[0])["input_ids"]])
     with torch.no_grad():
         first = model(input_ids=ids, use_cache=True)
-        cache, token, tokens = first.past_key_values, first.logits[:, -1:].argmax(-1), []
+        cache, token, tokens = first[CACHE], first.logits[:, -1:].argmax(-1), []
         for _ in range(12):
             tokens.append(int(token))
-            token = fast(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            token = fast(input_ids=token, **{CACHE: cache}, use_cache=True).logits[:, -1:].argmax(-1)
     assert found["continuations"][0]["text"].split()[:12] == tokenizer.decode(tokens).split()
 
 

@@ -11,6 +11,7 @@ from transformers import StaticCache
 
 import larosa_compile
 from larosa_compile import online, registry
+from larosa_compile.caches import CACHE
 from larosa_compile.errors import OptionError
 from larosa_compile.self_check import Fault
 from tests.support.learning import DENSE, learning, logits, seen, small, sparse_logits, token_ids
@@ -56,10 +57,10 @@ def test_prompt_and_decoding_share_a_collection_and_count_each_token_once() -> N
     fast = learning(model, calibration_tokens=1000)
     cache, ids = StaticCache(config=model.config, max_cache_len=32), token_ids(1, 9)
     with torch.no_grad():
-        fast(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        fast(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         for step in range(6):
             position = torch.tensor([[9 + step]])
-            fast(input_ids=token_ids(1, 1, step), past_key_values=cache, use_cache=True, position_ids=position)
+            fast(input_ids=token_ids(1, 1, step), **{CACHE: cache}, use_cache=True, position_ids=position)
     assert seen(model) == 9 + 6
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 import larosa_compile
 from larosa_compile import registry
+from larosa_compile.caches import CACHE
 from larosa_compile.passes import equivariance, fold
 from larosa_compile.passes.graph import aten
 from larosa_compile.recipe import Recipe
@@ -119,10 +120,10 @@ def test_caches_are_left_as_they_were(model: PreTrainedModel, recipe: Recipe) ->
     for forward in (model, fast):
         cache = StaticCache(config=model.config, max_cache_len=16)
         with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
+            model(input_ids=ids, **{CACHE: cache}, use_cache=True)
             for position in (8, 9):
                 step = forward(
-                    input_ids=ids[:, :1], past_key_values=cache, position_ids=torch.tensor([[position]]), use_cache=True
+                    input_ids=ids[:, :1], **{CACHE: cache}, position_ids=torch.tensor([[position]]), use_cache=True
                 )
             logits.append(step.logits)
     assert relative_error(logits[1], logits[0]) < 1e-5

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, StaticCache
 
 import larosa_compile
 from benchmarks import assets
+from larosa_compile.caches import CACHE
 from larosa_compile.calibration import token_batches
 from larosa_compile.evaluation import next_token_losses, perplexity
 from larosa_compile.recipe import Recipe
@@ -111,13 +112,13 @@ def test_decode_runs_templates_and_repeats_full_recomputation(
     length, steps = ids.shape[1], 4  # ties have been met to part correct runs at the fifth
     cache = StaticCache(config=model.config, max_cache_len=64)
     with torch.no_grad():
-        last = fast(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+        last = fast(input_ids=ids, **{CACHE: cache}, use_cache=True).logits[:, -1]
         tokens = [int(last.argmax())]
 
         def step() -> torch.Tensor:
             position = torch.tensor([[length + len(tokens) - 1]])
             inputs = torch.tensor([tokens[-1:]])
-            return fast(input_ids=inputs, past_key_values=cache, use_cache=True, position_ids=position).logits[:, -1]
+            return fast(input_ids=inputs, **{CACHE: cache}, use_cache=True, position_ids=position).logits[:, -1]
 
         last, code = run_and_get_code(step)
         tokens.append(int(last.argmax()))

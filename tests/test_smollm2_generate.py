@@ -11,9 +11,10 @@ from transformers import CompileConfig, PreTrainedModel, StaticCache
 import larosa_compile
 from benchmarks import assets
 from larosa_compile import weights
+from larosa_compile.caches import CACHE
 from larosa_compile.calibration import token_batches
 
-NEW, CACHE = 200, 256
+NEW, ROOM = 200, 256
 PROMPTS = (
     "The capital of France is",
     "Once upon a time, in a small village by the sea, there lived an old woman who",
@@ -39,15 +40,15 @@ def folded_bytes() -> int:
 
 def decoded(model: PreTrainedModel, forward: Any, ids: torch.Tensor) -> list[int]:
     """Greedy tokens: the prompt through the eager model, every other token through `forward`."""
-    cache = StaticCache(config=model.config, max_cache_len=CACHE)
+    cache = StaticCache(config=model.config, max_cache_len=ROOM)
     tokens: list[int] = []
     with torch.no_grad():
-        last = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+        last = model(input_ids=ids, **{CACHE: cache}, use_cache=True).logits[:, -1]
         for position in range(ids.shape[1], ids.shape[1] + NEW):
             tokens.append(int(last.argmax()))
             inputs = {"input_ids": torch.tensor([tokens[-1:]]), "position_ids": torch.tensor([[position]])}
-            visible = (torch.arange(CACHE) <= position)[None, None, None]
-            last = forward(**inputs, attention_mask=visible, past_key_values=cache, use_cache=True).logits[:, -1]
+            visible = (torch.arange(ROOM) <= position)[None, None, None]
+            last = forward(**inputs, attention_mask=visible, **{CACHE: cache}, use_cache=True).logits[:, -1]
     return tokens
 
 
@@ -63,7 +64,7 @@ def test_generate_is_a_loop_over_the_compiled_forward_and_compiles_once() -> Non
         "max_new_tokens": NEW,
         "min_new_tokens": NEW,
         "do_sample": False,
-        "max_cache_len": CACHE,
+        "max_cache_len": ROOM,
     }
     prompts = [torch.tensor([tokenizer(text)["input_ids"]]) for text in PROMPTS]
     assert len({prompt.shape[1] for prompt in prompts}) == len(prompts)

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import StaticCache
 
 from larosa_compile import compiled as compiling
+from larosa_compile.caches import CACHE
 from larosa_compile.capture import Boxed, Captured, boxed, capture
 from larosa_compile.config import Config
 from larosa_compile.passes.pipeline import Rewritten, pack, rewrite
@@ -39,7 +40,7 @@ class DecodeStep(nn.Module):
         self.inputs = [torch.tensor([[7]]), torch.tensor([[position]])]
 
     def forward(self, ids: Tensor, position: Tensor) -> Tensor:
-        found = self.model(input_ids=ids, position_ids=position, past_key_values=self.cache, use_cache=True)
+        found = self.model(input_ids=ids, position_ids=position, **{CACHE: self.cache}, use_cache=True)
         logits: Tensor = found.logits
         return logits
 
