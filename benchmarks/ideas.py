@@ -197,7 +197,7 @@ def refreshed(model: PreTrainedModel, recipe: Recipe, batches: Sequence[Tensor])
     def watched(path: str, x: Tensor, kept: int | None) -> Tensor:
         basis = recipe.sites[path].basis
         if basis is not None:
-            moments[basis] = moments.get(basis, torch.zeros((), dtype=torch.float64)) + (x.float().T @ x.float())
+            moments[basis] = moments.get(basis, torch.zeros(())) + x.double().T @ x.double()
         return _largest(path, x, kept)
 
     watching = Edited(model, recipe, watched)

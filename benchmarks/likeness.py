@@ -27,7 +27,7 @@ def shared(layered: Recipe, like: Recipe) -> Recipe:
     owner = {bases[layer]: bases[run[0]] for run in runs for layer in run}
     rotations = {basis: q for basis, q in like.rotations.items() if basis not in _of_readers(like)}
     for run in runs:
-        rotations[bases[run[0]]] = _basis(sum(moments[layer] for layer in run)).float()
+        rotations[bases[run[0]]] = _basis(_sum(moments, run)).float()
     found = {
         path: replace(site, basis=owner.get(str(layered.sites[path].basis), site.basis))
         for path, site in like.sites.items()
@@ -68,12 +68,17 @@ def energy_dropped(variances: Tensor, kept: float) -> float:
 
 def _dropped(moments: Sequence[Tensor], run: Sequence[int], kept: float) -> float:
     """Energy that the layers of a run lose in a basis that they share, summed."""
-    q = _basis(sum(moments[layer] for layer in run))
+    q = _basis(_sum(moments, run))
     return sum(energy_dropped((q * (moments[layer] @ q)).sum(0).clamp_min(0), kept) for layer in run)
 
 
+def _sum(moments: Sequence[Tensor], run: Sequence[int]) -> Tensor:
+    return torch.stack([moments[layer] for layer in run]).sum(0)
+
+
 def _basis(moment: Tensor) -> Tensor:
-    return torch.linalg.eigh(moment).eigenvectors.flip(1)
+    vectors: Tensor = torch.linalg.eigh(moment).eigenvectors
+    return vectors.flip(1)
 
 
 def _moment(recipe: Recipe, basis: str) -> Tensor:

@@ -75,10 +75,10 @@ def calibrate(
         selection: how a site chooses what to keep. larosa: "top-k" (its own: every token drops the same share),
             "threshold" or "relative" (in units of a row's root mean square); teal: "threshold" (its own) or "relative";
             cats: "gate". Thresholds keep what was promised on average over text like `batches`.
-        rotation: "layer" (the paper's: one basis a layer), "model", a number of layers a basis, "none", or "auto": as
-            few layers a basis as keep residual adapters below 2 % of the weight bytes read inside blocks, or with
-            allocate="search" what is best of several at these bytes. By default
-            "auto" for larosa, where the paper has "layer"; the other methods have "none".
+        rotation: how many layers share a basis: "layer" (one each, as in the paper), "model" (all), a number of them,
+            "none" (no rotation, as the other methods have it), or "auto", the default of larosa: as few bases as keep
+            residual adapters below 2 % of the weight bytes read inside blocks, and with allocate="search" the best of
+            several ways to share at these bytes.
         coefficients: site sparsity per unit of nominal sparsity by kind; by default the paper's values for larosa, and
             1 for the others.
         allocate: how sparsity is split. "paper": with these coefficients, or where there is held-out text as the

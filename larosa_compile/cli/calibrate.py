@@ -63,7 +63,7 @@ def calibrate(
             "--rotation",
             metavar="auto|layer|model|N|none",
             callback=_known_rotation,
-            help="Layers per basis; by default layer, and none for methods that do not rotate.",
+            help="Layers per basis; by default auto, and none for methods that do not rotate.",
         ),
     ] = None,
     allocate: Annotated[
