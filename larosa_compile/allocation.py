@@ -125,7 +125,7 @@ def _bases(facts: GraphFacts, rotation: Rotation, kept_bytes: float) -> dict[str
     for stream in facts.streams:
         feeding = [[reader for reader in layer if not _is_head(reader.group, facts)] for layer in stream.layers()]
         layers = [layer for layer in feeding if layer]
-        per_basis = len(layers)
+        per_basis = max(1, len(layers))
         if isinstance(rotation, int):
             per_basis = rotation
         elif rotation == "layer":

@@ -27,8 +27,8 @@ def test_bytes_of_a_layer() -> None:
     assert gpu_model.weight_bytes(EIGHT, 0.0) == 2 * products
     assert gpu_model.weight_bytes(EIGHT, 0.5) == products
     assert gpu_model.weight_bytes(EIGHT, 0.5, adapters=1) == products + 2 * 4096 * 4096
-    assert gpu_model.adapters_per_layer(EIGHT, 0.5, "auto") == 1 / 4
-    assert gpu_model.adapters_per_layer(EIGHT, 0.0, "auto") == 1 / 2
+    assert gpu_model.adapters_per_layer(EIGHT, 0.5, "auto") == 1 / 8
+    assert gpu_model.adapters_per_layer(EIGHT, 0.0, "auto") == 1 / 4
 
 
 def test_the_time_is_the_sum_of_its_terms() -> None:
