@@ -13,7 +13,7 @@ from larosa_compile.granularity import best_granularity
 from larosa_compile.held_out import HeldOut
 from larosa_compile.recipe import Recipe
 from tests.support.models import tiny_model, token_ids
-from tests.support.simulation import simulated
+from tests.support.simulation import divergence
 
 BATCHES = [token_ids(4, 32, seed, 512) for seed in range(2)]
 HELD_OUT = [token_ids(4, 32, seed, vocabulary=512) for seed in range(10, 13)]
@@ -45,19 +45,6 @@ def bytes_read(model: PreTrainedModel, recipe: Recipe) -> int:
     return larosa_compile.explain(model, recipe=recipe).graphs[0].sparse_bytes
 
 
-@torch.no_grad()
-def divergence(model: PreTrainedModel, recipe: Recipe) -> float:
-    """Mean KL(dense ‖ sparse) on the text that choices are checked with, by module hooks."""
-    checked = HeldOut.of(HELD_OUT).checked
-    total = 0.0
-    for ids in checked:
-        dense = torch.log_softmax(model(ids).logits.double(), -1)
-        with simulated(model, recipe):
-            sparse = torch.log_softmax(model(ids).logits.double(), -1)
-        total += float((dense.exp() * (dense - sparse)).sum(-1).mean())
-    return total / len(checked)
-
-
 def test_all_candidates_read_the_same_bytes_and_the_nearest_wins(
     model: PreTrainedModel, candidates: dict[Rotation, Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,7 +67,7 @@ def test_all_candidates_read_the_same_bytes_and_the_nearest_wins(
     compared = best.calibration["rotations_compared"]
     assert set(compared) == set(map(str, CANDIDATES))
     for name, said in compared.items():
-        assert said == pytest.approx(divergence(model, fitted[name]), rel=1e-3)
+        assert said == pytest.approx(divergence(model, fitted[name], HeldOut.of(HELD_OUT).checked), rel=1e-3)
     assert best.calibration["rotation"] == min(compared, key=compared.get)
     assert best.sites == fitted[str(best.calibration["rotation"])].sites
     # adapters have to be paid for

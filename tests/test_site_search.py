@@ -14,7 +14,7 @@ from larosa_compile.errors import OptionError
 from larosa_compile.recipe import Recipe
 from larosa_compile.site_search import search_sites
 from tests.support.models import tiny_model, token_ids
-from tests.support.simulation import simulated
+from tests.support.simulation import divergence
 
 HELD_OUT = [token_ids(4, 32, seed, vocabulary=512) for seed in range(10, 16)]
 CHECKED = HELD_OUT[1::3]
@@ -42,18 +42,6 @@ def _reset() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@torch.no_grad()
-def divergence(model: PreTrainedModel, recipe: Recipe) -> float:
-    """Mean KL(dense ‖ sparse) over the batches that a search checks with, by module hooks."""
-    total = 0.0
-    for ids in CHECKED:
-        dense = torch.log_softmax(model(ids).logits.double(), -1)
-        with simulated(model, recipe):
-            sparse = torch.log_softmax(model(ids).logits.double(), -1)
-        total += float((dense.exp() * (dense - sparse)).sum(-1).mean())
-    return total / len(CHECKED)
-
-
 def test_it_reads_the_bytes_of_the_paper_but_for_less_than_a_feature(
     model: PreTrainedModel, paper: Recipe, found: Recipe
 ) -> None:
@@ -68,8 +56,8 @@ def test_the_loss_on_its_check_text_is_what_it_says_and_lower(
     model: PreTrainedModel, paper: Recipe, found: Recipe
 ) -> None:
     said = found.calibration["allocation"]
-    assert said["before"] == pytest.approx(divergence(model, paper), rel=1e-3)
-    assert said["after"] == pytest.approx(divergence(model, found), rel=1e-3)
+    assert said["before"] == pytest.approx(divergence(model, paper, CHECKED), rel=1e-3)
+    assert said["after"] == pytest.approx(divergence(model, found, CHECKED), rel=1e-3)
     assert said["after"] < said["before"]
     assert said["tokens"] == sum(ids.numel() for ids in HELD_OUT)
 

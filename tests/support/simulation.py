@@ -4,7 +4,7 @@ Independent of the package: module hooks, torch.topk and the recipe's numbers. T
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,3 +71,15 @@ def simulated(model: torch.nn.Module, recipe: Any) -> Iterator[torch.nn.Module]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def divergence(model: torch.nn.Module, recipe: Any, batches: Sequence[Tensor]) -> float:
+    """Mean KL(dense ‖ sparse) of next tokens over batches, in nats."""
+    total = 0.0
+    for ids in batches:
+        dense = torch.log_softmax(model(ids).logits.double(), -1)
+        with simulated(model, recipe):
+            sparse = torch.log_softmax(model(ids).logits.double(), -1)
+        total += float((dense.exp() * (dense - sparse)).sum(-1).mean())
+    return total / len(batches)
