@@ -25,7 +25,7 @@ MAX_ADAPTER_SHARE = 0.02
 """What residual adapters may add to the weight bytes that a decode step reads inside blocks, where "auto" decides.
 
 Each basis more fits its layers better, and costs an adapter of features² weights, which is read whole: dropping less
-elsewhere is nearly always the better use of these bytes (docs/accuracy.md).
+elsewhere was the better use of these bytes in what was measured (docs/accuracy.md).
 """
 
 MIN_OUTPUTS_PER_FEATURE = 16
