@@ -143,7 +143,7 @@ class GemvTemplate(RowTemplate):
             "rows": int(self.layout.size[0]),
             "columns": columns,
             "tile": heuristics.gemv_tile(columns, self.num_threads),
-            "rows_at_a_time": 4,
+            "rows_at_a_time": heuristics.WEIGHT_ROWS_AT_A_TIME,
         }
 
 
@@ -184,7 +184,6 @@ class PackedGemvTemplate(SparseGemvTemplate):
         return super().constants() | {
             "form": self.form,
             "fine": min(self.form.fine, int(self.input_nodes[0].get_size()[1])),
-            "rows_at_a_time": 8,
             # sums are float32 in memory order, whatever the weights are
             "weight_type": "float",
             # products of bfloat16 numbers are exact only where x is made of them

@@ -8,6 +8,9 @@ MAX_CHUNK_COLUMNS = 16384
 MAX_TILE_COLUMNS = 1024
 # Rows that share one pass over the weight rows that any of them keeps.
 MAX_GEMV_ROWS = 8
+# Weight rows that are read side by side: each is a run of memory of its own, and one run alone does not keep enough
+# misses in flight. Eight and more read as fast as a plain sum does with as many runs.
+WEIGHT_ROWS_AT_A_TIME = 8
 # Below this many weight bytes one core is done before a second one has been woken.
 MIN_PARALLEL_BYTES = 128 * 1024
 # Likewise for elementwise selection, counted in entries.
