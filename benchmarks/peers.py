@@ -152,24 +152,26 @@ class Run:
         return []
 
 
-def take_turns(runs: list[Run], rounds: int, keep: bool, done: Callable[[], Any]) -> list[float]:
+def take_turns(
+    runs: list[Run], rounds: int, keep: bool, bandwidths: list[float], done: Callable[[], Any] = lambda: None
+) -> None:
     """Every run decodes once a round; where they are not kept, each loads its model anew for it.
 
-    Returns the read bandwidth before, between and after the rounds.
+    bandwidths: what memory gave when it was read before, between and after the rounds is appended here, in GB/s. done:
+    called after every step.
     """
-    bandwidths = []
     try:
         for run in runs if keep else []:
             run.start()
             done()
         for number in range(rounds):
-            bandwidths.append(measure.bandwidth_gb_s(3))
+            bandwidths.append(round(measure.bandwidth_gb_s(3), 1))
             for run in runs if number % 2 == 0 else reversed(runs):
                 run.decode()
                 if not keep:
                     run.stop()
                 done()
-        bandwidths.append(measure.bandwidth_gb_s(3))
+        bandwidths.append(round(measure.bandwidth_gb_s(3), 1))
         for run in runs:
             run.predict()
             run.stop()
@@ -177,7 +179,6 @@ def take_turns(runs: list[Run], rounds: int, keep: bool, done: Callable[[], Any]
     finally:
         for run in runs:
             run.stop()
-    return [round(bandwidth, 1) for bandwidth in bandwidths]
 
 
 def bits(weights: str) -> int:
@@ -234,28 +235,29 @@ def main() -> None:
     parser.add_argument(
         "--recipes", nargs="+", type=Path, default=[], metavar="FILE", help="to run larosa with besides"
     )
-    parser.add_argument("--json", type=Path, help="also write the measurements to this file")
+    parser.add_argument("--json", type=Path, help="also write the measurements to this file, anew after every step")
     arguments = parser.parse_args()
     rounds = 2 if arguments.quick else 5
     meta = measure.machine() | {"context": CONTEXT, "tokens": TOKENS, "rounds": rounds, "restart": arguments.restart}
+    bandwidths: list[float] = []
+    records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, progress_bar(True) as bar:
         runs = prepared(arguments.model, arguments.quick, folder, arguments.only, arguments.recipes)
+        meta |= {"ppl_context": PPL_CONTEXT, "ppl_windows": len(runs[0].job.windows)}
         task = bar.add_task("peers", total=len(runs) * (rounds + 1 + (not arguments.restart)))
-        bandwidths = take_turns(runs, rounds, not arguments.restart, lambda: bar.advance(task))
-    meta |= {
-        "ppl_context": PPL_CONTEXT,
-        "ppl_windows": len(runs[0].job.windows),
-        "bandwidth_of_rounds_gb_s": bandwidths,
-    }
-    records = [run.record(arguments.model) for run in runs]
+
+        def done() -> None:
+            records[:] = [run.record(arguments.model) for run in runs]
+            measure.write_so_far(arguments.json, meta | {"bandwidth_of_rounds_gb_s": bandwidths}, records)
+            bar.advance(task)
+
+        take_turns(runs, rounds, not arguments.restart, bandwidths, done)
     out.print(table(records, f"{arguments.model}: decode, one sequence, greedy, context {CONTEXT}"))
     for record in records:
         if record["skipped_reason"]:
             reason = f"{record['peer']} {record['weights']}: {record['skipped_reason']}"
             out.print(reason, soft_wrap=True, markup=False)
     out.print(f"{meta['device']}, {meta['threads']} threads; reads {bandwidths} GB/s between rounds")
-    if arguments.json:
-        measure.write(arguments.json, meta, records)
 
 
 if __name__ == "__main__":

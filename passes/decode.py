@@ -80,6 +80,9 @@ def _attention(node: Node) -> _Attention | None:
     if given["is_causal"] or given["dropout_p"] or any(user.args[1] != 0 for user in node.users):
         return None
     _, heads, rows, width = query.meta["val"].shape
+    cached = [_behind_copies(node) for node in (key, values)]
+    if cached[0] is not None and cached[1] is not None:
+        key, values = cached
     groups = key.meta["val"].shape[1]
     if not all(isinstance(size, int) for size in (heads, groups, rows, width)) or rows != 1 or heads % groups:
         return None
@@ -87,3 +90,21 @@ def _attention(node: Node) -> _Attention | None:
     if masks is not None and (masks.ndim != 4 or (groups != heads and masks.shape[1] != 1)):
         return None
     return _Attention(query, key, values, mask, 1 / math.sqrt(width) if scale is None else scale)
+
+
+def _behind_copies(repeated: Node) -> Node | None:
+    """[batch, groups, length, width], if `repeated` [batch, heads, length, width] has it once for each head of a group.
+
+    transformers repeats keys and values that way wherever attention has a mask, as it has with a static cache.
+    """
+    copies: Any = repeated.args[0] if is_call(repeated, aten.view.default, aten._unsafe_view.default) else None
+    expanded: Any = copies.args[0] if is_call(copies, aten.clone.default) else copies
+    one: Any = expanded.args[0] if is_call(expanded, aten.expand.default) else None
+    if not is_call(one, aten.unsqueeze.default) or one.args[1] != 2:
+        return None
+    batch, groups, length, width = one.args[0].meta["val"].shape
+    sharing = expanded.meta["val"].shape[2]
+    wanted = (batch, groups * sharing, length, width)
+    if tuple(expanded.meta["val"].shape) != (batch, groups, sharing, length, width):
+        return None
+    return one.args[0] if tuple(repeated.meta["val"].shape) == wanted else None

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import repeat_kv
 
 from larosa_compile.capture import Captured
 from larosa_compile.kernels import ops
@@ -79,6 +80,37 @@ def test_heads_that_share_keys_without_copies_of_them(masked: bool) -> None:
     assert not has(captured, ATTENTION)
     (found,) = captured.graph.module(*captured.inputs)
     assert torch.allclose(found, attention(q, k, v, mask), atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["a mask", "no mask", "any length"])
+def test_copies_of_the_cache_for_each_head_are_not_made(case: str) -> None:
+    """As transformers calls it with a static cache, whose mask keeps it from saying that heads share."""
+    q, k, v = tensors(torch.float32)
+    mask = torch.randn(2, 1, 1, 37) if case == "a mask" else None
+    for cached in (k, v) if case == "any length" else ():
+        torch._dynamo.mark_dynamic(cached, 2)
+
+    def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, repeat_kv(k, 3), repeat_kv(v, 3), attn_mask=mask, scale=0.3)
+
+    captured = specialised(Function(repeated), q, k, v)
+    captured.graph.graph.eliminate_dead_code()
+    assert has(captured, ops.attend) and not has(captured, aten.expand.default, aten.clone.default)
+    (found,) = captured.graph.module(*captured.inputs)
+    assert torch.allclose(found, repeated(q, k, v), atol=1e-6)
+
+
+def test_keys_that_are_repeated_otherwise_are_taken_as_they_are() -> None:
+    """Heads that share a group lie apart, or keys alone are repeated."""
+    q, k, v = tensors(torch.float32)
+    for function in (
+        lambda q, k, v: attention(q, k.repeat(1, 3, 1, 1), v.repeat(1, 3, 1, 1), None),
+        lambda q, k, v: attention(q, repeat_kv(k, 3), v.repeat(1, 3, 1, 1), None),
+    ):
+        captured = specialised(Function(function), q, k, v)
+        assert has(captured, ops.attend)
+        (found,) = captured.graph.module(*captured.inputs)
+        assert torch.allclose(found, function(q, k, v), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,10 @@ def no_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_peer_that_runs(keep: bool) -> None:
-    run, done = run_that(), list[None]()
-    assert peers.take_turns([run], 3, keep, lambda: done.append(None)) == [10.0] * 4
-    assert len(done) == 3 + 1 + keep
+    run, bandwidths, done = run_that(), list[float](), list[int]()
+    peers.take_turns([run], 3, keep, bandwidths, lambda: done.append(len(run.rounds)))
+    assert bandwidths == [10.0] * 4
+    assert done == [0] * keep + [1, 2, 3, 3], "after every step, with what was measured so far"
     # the first token of a round does not count
     measured = {"tokens_per_s": 2.0, "spread": [2.0, 2.0], "ppl": perplexity([1.0, 2.0]), "skipped_reason": None}
     given = {"peer": "torch.compile", "version": torch.__version__, "model": "tiny", "weights": "bf16", "sparsity": 0.0}
@@ -82,7 +83,7 @@ def test_median_of_tokens_and_spread_of_rounds() -> None:
 )
 def test_a_crash_is_a_record_with_the_reason(at: str, how: str, reason: str) -> None:
     broken, other = run_that(at, how, timeout=1.0 if how == "hang" else 60.0), run_that()
-    peers.take_turns([broken, other], 2, True, lambda: None)
+    peers.take_turns([broken, other], 2, True, [])
     record = broken.record("tiny")
     assert record["skipped_reason"] == reason
     assert record["ppl"] is None
@@ -93,7 +94,7 @@ def test_a_crash_is_a_record_with_the_reason(at: str, how: str, reason: str) -> 
 def test_a_missing_package_is_a_record_with_the_command_that_installs_it() -> None:
     peer = Peer("other", "torch", "int8", "larosa-compile-has-no-such-peer")
     run = Run(peer, JOB, peers.missing(peer, None), command=["no such command"])
-    peers.take_turns([run], 1, True, lambda: None)
+    peers.take_turns([run], 1, True, [])
     record = run.record("tiny")
     assert record["skipped_reason"] == "not installed: pip install larosa-compile-has-no-such-peer"
     assert record["version"] is record["tokens_per_s"] is record["spread"] is record["ppl"] is None
@@ -126,7 +127,7 @@ def test_every_peer_has_a_runtime_and_a_precision() -> None:
 def test_rounds_alternate_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     runs, order = [run_that(peer=dataclasses.replace(TORCH, name=name)) for name in "ab"], list[str]()
     monkeypatch.setattr(Run, "decode", lambda run: order.append(run.peer.name))
-    peers.take_turns(runs, 3, False, lambda: None)
+    peers.take_turns(runs, 3, False, [])
     assert "".join(order) == "abbaab"
 
 
