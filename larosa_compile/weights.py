@@ -73,14 +73,16 @@ class FoldedWeights:
         # what the graph itself still reads stays, and so does what is too small to matter
         read = {path for node, path in captured.graph.paths.items() if node.users}
         self._releasable = [path for path in needed if path not in read and self._parameters[path].ndim > 1]
-        self._weights = []
+        made: dict[int, FoldedWeight] = {}
         with torch.no_grad():
-            for spec in folded:
-                self._weights.append(_fold(spec, self._parameters, recipe))
+            # the largest first: what folding it takes besides is then not on top of all the others
+            for index, spec in sorted(enumerate(folded), key=lambda numbered: -numbered[1].bytes):
+                made[index] = _fold(spec, self._parameters, recipe)
                 needed.subtract(spec.paths)
                 if release:
                     self.release(path for path in spec.paths if not needed[path])
                 return_mapped(recipe.rotations.values())
+        self._weights = [made[index] for index in range(len(folded))]
 
     def release(self, paths: Iterable[str] | None = None) -> None:
         """Gives back the memory of the parameters, all or these, that only folded weights are made of."""
