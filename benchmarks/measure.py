@@ -1,6 +1,7 @@
 """What every benchmark shares: the machine, its bandwidth, medians with spread, and the JSON file."""
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -30,10 +31,16 @@ def bandwidth_gb_s(repeats: int = 7) -> float:
 
 
 def peak_rss_mb() -> float:
-    """The most memory that this process has had, in 10⁶ bytes."""
+    """The most memory that this process has had since it began, or since `forget_peak`, in 10⁶ bytes."""
     peak = _status_mb("VmHWM")
     # ru_maxrss second: on Linux a process begins with that of the one that started it
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 if peak is None else peak
+
+
+def forget_peak() -> None:
+    """Lets `peak_rss_mb` start from the memory that the process has now, where Linux does that."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def rss_mb() -> float | None:
