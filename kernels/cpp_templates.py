@@ -18,6 +18,7 @@ from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_bu
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.select_algorithm import realize_inputs
 from torch._inductor.utils import Placeholder
 from torch._inductor.virtualized import V, ops
 
@@ -122,14 +123,27 @@ class FusingTemplate(CppTemplate):
 
 
 class RowTemplate(FusingTemplate):
-    """A kernel that selects inside a row."""
+    """A kernel that selects inside a row, k entries of it: all, None for those that are not 0, or the k largest.
+
+    The k of a Top-K is one more input and no part of the source: sites of one shape share a kernel, however many
+    sparsities they have, so a model has a handful. Hundreds take minutes to compile, and their code comes from memory
+    at every token.
+    """
 
     def __init__(self, inputs: list[ir.IRNode], layout: ir.Layout, threads: int, k: int | None) -> None:
-        super().__init__(inputs, layout, threads)
         self.k = k
+        features = int(inputs[0].get_size()[1])
+        self.keeps = "nonzero" if k is None else "all" if k == features else "top-k"
+        if self.keeps == "top-k":
+            inputs = [*inputs, realize_inputs(V.graph.add_tensor_constant(torch.tensor([k])))]
+        super().__init__(inputs, layout, threads)
 
     def constants(self) -> dict[str, Any]:
-        return {"k": self.k, "bits_type": "int16_t" if self.layout.dtype.itemsize == 2 else "int32_t"}
+        return {
+            "keeps": self.keeps,
+            "arguments": {"K": self.input_nodes[-1]} if self.keeps == "top-k" else {},
+            "bits_type": "int16_t" if self.layout.dtype.itemsize == 2 else "int32_t",
+        }
 
 
 class GemvTemplate(RowTemplate):

@@ -102,9 +102,10 @@ def _behind_copies(repeated: Node) -> Node | None:
     one: Any = expanded.args[0] if is_call(expanded, aten.expand.default) else None
     if not is_call(one, aten.unsqueeze.default) or one.args[1] != 2:
         return None
-    batch, groups, length, width = one.args[0].meta["val"].shape
+    cached: Any = one.args[0]
+    batch, groups, length, width = cached.meta["val"].shape
     sharing = expanded.meta["val"].shape[2]
-    wanted = (batch, groups * sharing, length, width)
     if tuple(expanded.meta["val"].shape) != (batch, groups, sharing, length, width):
         return None
-    return one.args[0] if tuple(repeated.meta["val"].shape) == wanted else None
+    heads = (batch, groups * sharing, length, width)
+    return cached if tuple(repeated.meta["val"].shape) == heads else None
