@@ -30,7 +30,6 @@ from benchmarks import decoding, measure, shapes
 from benchmarks.decoding import GROUPS, VARIANTS, Subject, Variant
 from larosa_compile.decoding import ROOM, Prompt, compare
 from larosa_compile.machine import Bandwidth
-from larosa_compile.memory import return_mapped
 from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import Recipe
 
@@ -160,9 +159,7 @@ def child(arguments: argparse.Namespace) -> dict[str, Any]:
     model = shapes.build(arguments.shape[0])
     recipe = Recipe.load(arguments.recipe) if variant.is_larosa else None
     prompt = Prompt.read_by(model, decoding.random_ids(model, arguments.contexts[0], seed=2))
-    # what the eager model read of its file is no part of what the variant takes
-    return_mapped(model.parameters())
-    measure.forget_peak()
+    decoding.forget_reading(model)
     with fresh_cache():
         forward = variant.forward(model, recipe, release=True)
         first, *others = prompt.decode_seconds(forward, 5)

@@ -17,10 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 import larosa_compile
-from benchmarks import assets, shapes
+from benchmarks import assets, measure, shapes
 from larosa_compile.calibration import token_batches
 from larosa_compile.decoding import Forward, Prompt
 from larosa_compile.kernels.formats import FORMATS
+from larosa_compile.memory import return_mapped
 from larosa_compile.recipe import Recipe
 from larosa_compile.recipe_checks import OWN_DTYPE
 
@@ -130,6 +131,12 @@ class Subject:
         recipe = variant.of(self.recipe) if self.recipe and variant.is_larosa else None
         graphs = larosa_compile.explain(self.model, recipe=recipe).graphs
         return sum(graph.sparse_bytes if recipe else graph.dense_bytes for graph in graphs)
+
+
+def forget_reading(model: PreTrainedModel) -> None:
+    """What the eager model read of its file, for a prompt, is no part of what a variant takes: neither held nor a peak."""
+    return_mapped(model.parameters())
+    measure.forget_peak()
 
 
 def random_ids(model: PreTrainedModel, tokens: int, seed: int) -> torch.Tensor:
