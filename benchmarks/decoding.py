@@ -134,7 +134,7 @@ class Subject:
 
 
 def forget_reading(model: PreTrainedModel) -> None:
-    """What the eager model read of its file, for a prompt, is no part of what a variant takes: neither held nor a peak."""
+    """What the eager model read of its file is no part of what a variant takes: neither held nor a peak."""
     return_mapped(model.parameters())
     measure.forget_peak()
 
