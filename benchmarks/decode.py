@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,14 @@ def main() -> None:
     for name in arguments.shape:
         found, recipe = together(arguments, name)
         records += found
-        measure.write_so_far(arguments.json, meta, records)
+        write = partial(measure.write_so_far, arguments.json, meta, records)
+        write()
         if not arguments.no_children:
             gc.collect()  # the model, before another process loads it
-            alone(found, recipe)
+            alone(found, recipe, write)
             out.print(split_table(found))
         for context in arguments.contexts:
             out.print(table([record for record in found if record["context"] == context]))
-        measure.write_so_far(arguments.json, meta, records)
     fitted = fits(records)
     for fit in fitted:
         out.print(
@@ -131,10 +132,10 @@ def speeds(subject: Subject, context: int, sizes: dict[Variant, int], tokens: in
     return records
 
 
-def alone(records: list[dict[str, Any]], recipe: Recipe | None) -> None:
+def alone(records: list[dict[str, Any]], recipe: Recipe | None, done: Callable[[], None] = lambda: None) -> None:
     """Fills in what a process of each record's own reports: `compile_s`, `peak_rss_mb`, `rss_mb` and `split`.
 
-    records: of one model.
+    records: of one model. done: called after each.
     """
     with tempfile.TemporaryDirectory() as folder, progress_bar(True) as bar:
         saved = Path(folder) / "recipe.larosa.safetensors"
@@ -143,14 +144,14 @@ def alone(records: list[dict[str, Any]], recipe: Recipe | None) -> None:
         model = shapes.checkpoint(records[0]["model"], records[0]["layers"], Path(folder) / "model")
         for record in bar.track(records, description="a process each"):
             command = [sys.executable, "-m", "benchmarks.decode", "--child", record["variant"], "--recipe", str(saved)]
-            command += ["--shape", model, "--sparsities", str(record["sparsity"])]
-            command += ["--contexts", str(record["context"])]
+            command += [f"--shape={model}", f"--sparsities={record['sparsity']}", f"--contexts={record['context']}"]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
             if run.returncode:
                 said = (run.stderr.strip().splitlines() or ["no message"])[-1]
                 out.print(f"{' '.join(command[3:])}: exit status {run.returncode}, {said}", markup=False)
             else:
                 record.update(json.loads(run.stdout.splitlines()[-1]))
+                done()
 
 
 def child(arguments: argparse.Namespace) -> dict[str, Any]:
