@@ -144,7 +144,7 @@ def alone(records: list[dict[str, Any]], recipe: Recipe | None, done: Callable[[
         model = shapes.checkpoint(records[0]["model"], records[0]["layers"], Path(folder) / "model")
         for record in bar.track(records, description="a process each"):
             command = [sys.executable, "-m", "benchmarks.decode", "--child", record["variant"], "--recipe", str(saved)]
-            command += [f"--shape={model}", f"--sparsities={record['sparsity']}", f"--contexts={record['context']}"]
+            command += ["--shape", model, "--sparsities", str(record["sparsity"]), "--contexts", str(record["context"])]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
             if run.returncode:
                 said = (run.stderr.strip().splitlines() or ["no message"])[-1]
