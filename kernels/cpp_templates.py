@@ -126,12 +126,10 @@ class RowTemplate(FusingTemplate):
     """A kernel that selects inside a row, k entries of it: all, None for those that are not 0, or the k largest.
 
     The k of a Top-K is one more input and no part of the source: sites of one shape share a kernel, however many
-    sparsities they have, so a model has a handful. Hundreds take minutes to compile, and their code comes from memory
-    at every token.
+    sparsities they have, so a model has a handful to compile.
     """
 
     def __init__(self, inputs: list[ir.IRNode], layout: ir.Layout, threads: int, k: int | None) -> None:
-        self.k = k
         features = int(inputs[0].get_size()[1])
         self.keeps = "nonzero" if k is None else "all" if k == features else "top-k"
         if self.keeps == "top-k":
