@@ -3,8 +3,8 @@
 Windows of `--context` tokens without overlap, through the compiled graph. Protocols: all (every token sparse, all
 next-token losses), first-dense (the first token of each window goes through the dense model, the others go on from its
 cache), decode (so does the first half, and losses of the second half count). Calibration takes windows from the start
-of its text, evaluation from the middle of its own on, so that one text may serve both; methods that end in `-search`
-choose on the windows between, at the bytes that larosa reads at 50 %.
+of its text, of several in turn, evaluation from the middle of its own on, so that one text may serve both; methods that
+end in `-search` choose on the windows between, at the bytes that larosa reads at 50 %.
 
 Bytes skipped are of all linear weights, rotations counted against them. Where thresholds select, which promise an
 average only, they are those of what was kept in the evaluated windows, counted; such methods run operation by
@@ -79,20 +79,19 @@ def main() -> None:
     meta = measure.machine()
     out.print(measure.in_a_line(meta))
     model, tokenizer = assets.load_model(arguments.model, getattr(torch, arguments.dtype))
-    names = {arguments.calibration, *arguments.text}
+    names = {*arguments.calibration, *arguments.text}
     texts = {name: windows_of(name, tokenizer, arguments.context) for name in names}
-    learnt = texts[arguments.calibration][: arguments.calibration_windows]
+    reading = in_turn([texts[name][: len(texts[name]) // 2] for name in arguments.calibration])
+    learnt, unread = reading[: arguments.calibration_windows], reading[arguments.calibration_windows :]
     held_out = {
         name: Tokens(texts[name][len(texts[name]) // 2 :][: arguments.windows], tokenizer) for name in arguments.text
     }
-    between = texts[arguments.calibration][: len(texts[arguments.calibration]) // 2][arguments.calibration_windows :]
-    searched = between[: arguments.search_windows]
-    recipes = methods.Recipes(model, learnt, searched, arguments.resume, arguments.recipes)
+    recipes = methods.Recipes(model, learnt, unread[: arguments.search_windows], arguments.resume, arguments.recipes)
     tokens = len(learnt) * arguments.context
     described = {
         "model": arguments.model,
         "context": arguments.context,
-        "calibration": f"{arguments.calibration}, {tokens} tokens",
+        "calibration": f"{' and '.join(arguments.calibration)}, {tokens} tokens",
     }
     records = []
     for record in measured(model, recipes.of, planned(arguments, recipes), held_out):
@@ -129,6 +128,11 @@ def windows_of(name: str, tokenizer: Any, context: int) -> list[torch.Tensor]:
     """All whole windows `[1, context]` of one of our texts, or of a file."""
     text = Path(name).read_text(encoding="utf-8") if Path(name).is_file() else assets.text(name)
     return list(token_batches(text, tokenizer, context))
+
+
+def in_turn(texts: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """A window of every text, then the next of every text, as long as all have one."""
+    return [window for windows in zip(*texts, strict=False) for window in windows]
 
 
 def measured(
@@ -249,7 +253,9 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2", help="smollm2, a hub name, a folder or a GGUF file")
     known = f"{', '.join(assets.TEXTS)}, or a file"
     parser.add_argument("--text", nargs="+", default=["wiki"], help=f"to evaluate on: {known} (default: wiki)")
-    parser.add_argument("--calibration", default="wiki", help=f"to calibrate on: {known} (default: wiki)")
+    parser.add_argument(
+        "--calibration", nargs="+", default=["wiki"], help="to calibrate and search on: as --text (default: wiki)"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["larosa"])
     parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=["all"])
     parser.add_argument(

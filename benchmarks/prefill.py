@@ -7,6 +7,7 @@ logits are those of the last token.
 
 import argparse
 import copy
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from rich.table import Table
 from transformers import StaticCache
 
 from benchmarks import decoding, measure, shapes
-from benchmarks.decoding import Subject, Variant
+from benchmarks.decoding import VARIANTS, Subject, Variant
 from larosa_compile.caches import CACHE
 from larosa_compile.decoding import Forward, Spread
 from larosa_compile.progress import progress_bar
@@ -32,7 +33,8 @@ def main() -> None:
     meta = measure.machine()
     out.print(f"{meta['device']}, {meta['threads']} threads, torch {meta['torch']}")
     subject = Subject.prepared(arguments.shape, arguments.layers, arguments.tokens, calibrated=True, windows=4)
-    variants = [Variant("inductor"), *(Variant("larosa", sparsity) for sparsity in arguments.sparsities)]
+    chosen = itertools.product(arguments.variants, arguments.sparsities)
+    variants = [Variant("inductor"), *(Variant(name, sparsity) for name, sparsity in chosen)]
     records: list[dict[str, Any]] = []
     with progress_bar(True) as bar:
         task = bar.add_task(subject.name, total=len(arguments.tokens) * len(variants) * (arguments.rounds + 1))
@@ -103,6 +105,10 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shape", default="llama-1b", help=known)
     parser.add_argument("--layers", type=measure.positive, help="cut a known shape to this depth")
     parser.add_argument("--tokens", nargs="+", type=measure.positive, help="lengths of the prompt")
+    larosa = [name for name in VARIANTS if Variant(name).is_larosa]
+    parser.add_argument(
+        "--variants", nargs="+", choices=larosa, default=["larosa"], help="to compare with torch.compile"
+    )
     parser.add_argument("--sparsities", nargs="+", type=measure.sparsity, default=[0.5], help="of larosa")
     parser.add_argument("--rounds", type=measure.positive, default=5, help="turns of every variant")
     parser.add_argument("--json", type=Path, help="write the records to this file, anew after every length")

@@ -11,6 +11,11 @@ MAX_GEMV_ROWS = 8
 # Weight rows that are read side by side: each is a run of memory of its own, and one run alone does not keep enough
 # misses in flight. Eight and more read as fast as a plain sum does with as many runs.
 WEIGHT_ROWS_AT_A_TIME = 8
+# Of a product of many rows: columns and features of a weight that are brought into another order at a time (256 KiB),
+# rows that all meet them before the next ones come (256 KiB of sums), and rows of one call.
+PANEL_COLUMNS, PANEL_FEATURES, CHUNK_ROWS, BLOCK_ROWS = 128, 1024, 512, 128
+# Features whose part of a panel is prefetched while as many before them are brought: short runs, far from each other.
+PREFETCHED_FEATURES = 32
 # Below this many weight bytes one core is done before a second one has been woken.
 MIN_PARALLEL_BYTES = 128 * 1024
 # Likewise for elementwise selection, counted in entries.
@@ -47,6 +52,11 @@ def gemv_chunk(columns: int, rows: int = 1, multiple: int = COLUMN_MULTIPLE) -> 
     """Columns of every weight row that are read before the next row, for `rows` rows of sums; whole multiples."""
     chunks = ceil_div(columns * rows, MAX_CHUNK_COLUMNS)
     return round_up(ceil_div(columns, chunks), multiple)
+
+
+def gemm_chunk(rows: int | None) -> int:
+    """Rows that meet a panel of a weight before the next panel comes; rows is None where they are not known."""
+    return CHUNK_ROWS if rows is None else min(rows, CHUNK_ROWS)
 
 
 def heads_together(sharing: int) -> int:

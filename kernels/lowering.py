@@ -2,12 +2,12 @@
 
 sparse_linear, CPU, a few rows  -> SparseGemvTemplate, which never reads a weight row that all of them drop
                   , one row     -> DotGemvTemplate where nothing is dropped and the weight is stored output-major
-                  , more rows   -> SparsifyTemplate, then Inductor's own mm over the same weight
+                  , more rows   -> SparsifyTemplate, then GemmTemplate, or Inductor's own mm over the same weight
                   , k = None    -> the same kernels, with no selection of their own
 sparsify, CPU                   -> SparsifyTemplate
 keep_above, any device          -> Inductor's own operations, fused into what makes x
 sparse_linear_packed, CPU, a few rows  -> PackedGemvTemplate
-                         , more rows   -> UnpackTemplate, then what sparse_linear does
+                         , more rows   -> PackedGemmTemplate, or UnpackTemplate, then what sparse_linear does
 sparse_linear, GPU, a few rows  -> a threshold fused into what makes x, then the Triton template
                   , more rows   -> sparsify, then Inductor's own mm over the same weight
 sparse_linear_packed, GPU, a few rows  -> the same threshold, then the Triton template over packed weights
@@ -29,6 +29,7 @@ from torch._inductor.virtualized import V
 
 from larosa_compile.kernels import heuristics, ops, triton_heuristics, triton_lowering, triton_unpack
 from larosa_compile.kernels.cpp_attention import AttendTemplate, spelled_out
+from larosa_compile.kernels.cpp_gemm import GemmTemplate, PackedGemmTemplate
 from larosa_compile.kernels.cpp_templates import (
     DotGemvTemplate,
     PackedGemvTemplate,
@@ -38,7 +39,7 @@ from larosa_compile.kernels.cpp_templates import (
     output_of,
 )
 from larosa_compile.kernels.formats import format_of
-from larosa_compile.kernels.support import refusal_reason
+from larosa_compile.kernels.support import multiplies_pairs, refusal_reason
 from larosa_compile.kernels.triton_threshold import MAX_FEATURES
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -69,6 +70,15 @@ def _sparsify_rows(x: ir.TensorBox, k: int) -> ir.TensorBox:
     return output_of(SparsifyTemplate([x], layout, parallel_num_threads(), k))
 
 
+def _selected(x: ir.TensorBox, k: int | None) -> ir.TensorBox:
+    return x if k is None or k == x.get_size()[1] else _sparsify_rows(x, k)
+
+
+def _contiguous(x: ir.TensorBox) -> ir.IRNode:
+    # not `require_stride1`: it accepts a transposed view, whose unit stride runs down the rows
+    return ir.ExternKernel.require_contiguous(realize_inputs(x))
+
+
 def _gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int | None) -> ir.TensorBox:
     if not _on_cpu(x):
         return triton_lowering.sparse_gemv(x, weight_t, k)
@@ -79,9 +89,12 @@ def _gemv(x: ir.TensorBox, weight_t: ir.TensorBox, k: int | None) -> ir.TensorBo
     threads = heuristics.gemv_threads((k or features) * columns * x.get_dtype().itemsize, parallel_num_threads())
     if rows == 1 and k == features and _is_output_major(weight_t):
         return output_of(DotGemvTemplate([x, weight_t], layout, threads, k))
-    # not `require_stride1`: it accepts a transposed view, whose unit stride runs down the rows
-    weight = ir.ExternKernel.require_contiguous(weight_t)
-    return output_of(SparseGemvTemplate([x, weight], layout, threads, k))
+    return output_of(SparseGemvTemplate([x, _contiguous(weight_t)], layout, threads, k))
+
+
+def _has_gemm(x: ir.TensorBox) -> bool:
+    """Whether there is a template for many rows of x: it takes features two by two."""
+    return _on_cpu(x) and x.get_dtype() == torch.bfloat16 and int(x.get_size()[1]) % 2 == 0 and multiplies_pairs()
 
 
 def _has_few_rows(x: ir.TensorBox, k: int | None) -> bool:
@@ -126,12 +139,16 @@ def lower_keep_above(x: ir.TensorBox, threshold: float, relative: bool) -> ir.Te
 @register_lowering(ops.sparse_linear, type_promotion_kind=None)
 def lower_sparse_linear(x: ir.TensorBox, weight_t: ir.TensorBox, k: int | None) -> ir.TensorBox:
     # the fake op has tied the two sizes; this makes the shared one static again under dynamic shapes
-    features = V.graph.sizevars.check_equals_and_simplify(x.get_size()[1], weight_t.get_size()[0])
+    V.graph.sizevars.check_equals_and_simplify(x.get_size()[1], weight_t.get_size()[0])
     if not _has_templates(x) or has_free_symbols(weight_t.get_size()):
         return _eager(ops.sparse_linear, x, weight_t, k)
     if _has_few_rows(x, k):
         return _gemv(x, weight_t, k)
-    kept = x if k is None or k == features else _sparsify_rows(x, k)
+    kept = _selected(x, k)
+    if _has_gemm(x) and not _is_output_major(weight_t):
+        inputs = [_contiguous(kept), _contiguous(weight_t)]
+        layout = ir.FixedLayout(x.get_device_or_error(), x.get_dtype(), [x.get_size()[0], weight_t.get_size()[1]])
+        return output_of(GemmTemplate(inputs, layout, parallel_num_threads()))
     product: ir.TensorBox = lowerings[torch.ops.aten.mm.default](kept, weight_t)
     return product
 
@@ -144,11 +161,14 @@ def lower_sparse_linear_packed(
         return _eager(ops.sparse_linear_packed, x, packed, k, columns, form)
     meaning, threads = format_of(form), parallel_num_threads()
     features = meaning.features(int(packed.get_size()[0]))
-    stored = ir.ExternKernel.require_contiguous(realize_inputs(packed))
+    stored = _contiguous(packed)
     device, dtype = x.get_device_or_error(), x.get_dtype()
     if not _has_few_rows(x, k):
         if not _on_cpu(x):
             return lower_sparse_linear(x, triton_unpack.unpack(stored, features, columns, dtype, meaning), k)
+        if _has_gemm(x):
+            layout = ir.FixedLayout(device, dtype, [x.get_size()[0], columns])
+            return output_of(PackedGemmTemplate([_contiguous(_selected(x, k)), stored], layout, threads, meaning))
         layout = ir.FixedLayout(device, dtype, [features, columns])
         return lower_sparse_linear(x, output_of(UnpackTemplate(stored, layout, threads, meaning)), k)
     if not _on_cpu(x):
@@ -183,4 +203,4 @@ def _rows_of_runs(x: ir.TensorBox) -> ir.IRNode:
     """In memory, with entries of the last dimension side by side."""
     x = realize_inputs(x)
     stride = x.maybe_get_stride()
-    return x if stride is not None and stride[-1] == 1 else ir.ExternKernel.require_contiguous(x)
+    return x if stride is not None and stride[-1] == 1 else _contiguous(x)

@@ -14,6 +14,7 @@ from larosa_compile.collection import is_whole
 from larosa_compile.compiled import compile_rewritten, lower_dense
 from larosa_compile.config import Config
 from larosa_compile.errors import MissingRecipeError
+from larosa_compile.memory import return_freed
 from larosa_compile.online import compile_online
 from larosa_compile.passes.graph import Refusal
 from larosa_compile.passes.pipeline import Rewritten, pack, rewrite
@@ -92,6 +93,7 @@ def _compile(captured: Captured, config: Config, started: float) -> Boxed:
         else:
             # not even the graph without a site agrees, so the graph that was captured is the one to run
             run = lower_dense(captured, config)
+    return_freed()
     trace.done(report)
     return run
 

@@ -33,6 +33,14 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values), len(values))
 
 
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The first of the most likely tokens `[...]` of logits `[..., vocabulary]`.
+
+    argmax would say the same, but takes four times as long in bfloat16: 0.46 ms for 128,256 tokens, 1 % of a step.
+    """
+    return logits.max(-1).indices
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt that the eager model has read: its length, the cache, and the token `[1, 1]` that comes next."""
@@ -50,7 +58,7 @@ class Prompt:
         last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         with torch.no_grad():
             output = model(input_ids=ids, **{CACHE: cache}, use_cache=True, **last)
-        return cls(length, cache, output.logits[:, -1:].argmax(-1))
+        return cls(length, cache, likeliest(output.logits[:, -1:]))
 
     def decode_seconds(self, forward: Forward, tokens: int) -> list[float]:
         """Seconds of each decoded token; every call starts behind the prompt, with a copy of its cache."""
@@ -63,7 +71,7 @@ class Prompt:
                 position = torch.tensor([[self.length + index]], device=step.device)
                 start = time.perf_counter()
                 output = forward(input_ids=step, **{CACHE: cache}, use_cache=True, position_ids=position)
-                step = output.logits[:, -1:].argmax(-1)
+                step = likeliest(output.logits[:, -1:])
                 if step.device.type != "cpu":
                     torch.accelerator.synchronize(step.device)
                 seconds.append(time.perf_counter() - start)

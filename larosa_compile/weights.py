@@ -70,9 +70,9 @@ class FoldedWeights:
             for index, path in ((index, captured.graph.paths.get(node, "")) for index, node in enumerate(inputs))
             if path in needed
         ]
-        # what the graph itself still reads stays, and so does what is too small to matter
-        read = {path for node, path in captured.graph.paths.items() if node.users}
-        self._releasable = [path for path in needed if path not in read and self._parameters[path].ndim > 1]
+        self._read = {path for node, path in captured.graph.paths.items() if node.users}
+        # what is too small to matter stays
+        self._releasable = [path for path in needed if self._parameters[path].ndim > 1]
         made: dict[int, FoldedWeight] = {}
         with torch.no_grad():
             # the largest first: what folding it takes besides is then not on top of all the others
@@ -85,10 +85,16 @@ class FoldedWeights:
         self._weights = [made[index] for index in range(len(folded))]
 
     def release(self, paths: Iterable[str] | None = None) -> None:
-        """Gives back the memory of the parameters, all or these, that only folded weights are made of."""
-        wanted = self._releasable if paths is None else set(paths).intersection(self._releasable)
-        if sum(release(self._parameters[path]) for path in wanted):
-            return_freed()
+        """Gives back the memory of the parameters, all or these, that folded weights are made of.
+
+        What the graph itself still reads stays, but for what is in a mapped file: of an embedding it reads a few rows.
+        """
+        for path in self._releasable if paths is None else set(paths).intersection(self._releasable):
+            if path in self._read:
+                return_mapped([self._parameters[path]], written=True)
+            else:
+                release(self._parameters[path])
+        return_freed()
 
     @property
     def tensors(self) -> list[Tensor]:

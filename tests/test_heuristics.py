@@ -20,3 +20,7 @@ def test_splits_cover_the_columns(columns: int) -> None:
 def test_small_work_stays_on_one_thread() -> None:
     assert heuristics.gemv_threads(weight_bytes=2048, max_threads=8) == 1
     assert heuristics.gemv_threads(weight_bytes=2**24, max_threads=8) == 8
+
+
+def test_rows_that_share_a_panel_have_room_for_their_sums() -> None:
+    assert [heuristics.gemm_chunk(rows) for rows in (9, 512, 513, None)] == [9, 512, 512, 512]

@@ -219,21 +219,6 @@ def test_last_token_of_a_dynamic_sequence_is_one_row() -> None:
     assert_is_product(compiled(longer, weight_t), longer[-1:], weight_t, K)
 
 
-def test_more_rows_sparsify_then_multiply() -> None:
-    weight_t, bias = torch.randn(IN, 50).bfloat16(), torch.randn(50).bfloat16()
-    x = torch.randn(300, IN).bfloat16()
-    torch._dynamo.mark_dynamic(x, 0)
-    torch._dynamo.mark_static(weight_t)
-    compiled = torch.compile(lambda x, w, b: (ops.sparse_linear(x, w, K), ops.sparse_linear(x, w, IN) + b))
-    (y, dense), codes = run_and_get_code(compiled, x, weight_t, bias)
-    assert "larosa_sparsify" in codes[0] and codes[0].count("extern_kernels.mm(") == 2
-    assert "larosa_sparse_gemv" not in codes[0]
-    assert_is_product(y, x, weight_t, K)
-    torch.testing.assert_close(dense, x @ weight_t + bias)
-    fewer = torch.randn(3, IN).bfloat16()
-    assert_is_product(compiled(fewer, weight_t, bias)[0], fewer, weight_t, K)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sparsify_is_exactly_the_reference(dtype: torch.dtype) -> None:
     features, ks = 101, (1, 40, 101)

@@ -12,6 +12,7 @@ from torch._inductor.utils import run_and_get_code
 
 from larosa_compile.kernels import lowering, ops, reference
 from larosa_compile.kernels.formats import FORMATS, KNOWN, WeightFormat, pack, unpack
+from larosa_compile.kernels.support import multiplies_pairs
 
 assert lowering.__name__ in sys.modules  # importing it is what registers the lowerings
 
@@ -59,16 +60,23 @@ def test_one_row_at_odd_sizes(form: WeightFormat, dtype: torch.dtype) -> None:
 
 
 @EACH
-@pytest.mark.parametrize(("rows", "kernel"), [(5, "larosa_packed_gemv"), (12, "larosa_unpack")])
-def test_more_rows(form: WeightFormat, rows: int, kernel: str) -> None:
-    features, columns, k = 130, 200, 50
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("rows", "features", "columns"), [(5, 130, 200), (12, 131, 200), (12, 130, 200), (515, 1030, 9)]
+)
+def test_more_rows(form: WeightFormat, dtype: torch.dtype, rows: int, features: int, columns: int) -> None:
+    """Many rows read codes as they are where pairs are multiplied, else a weight that was unpacked first."""
+    k = 50
     packed = pack(torch.randn(features, columns), form)
-    x = torch.randn(rows, features).bfloat16()
+    x = torch.randn(rows, features).to(dtype)
     (y,), codes = run_and_get_code(products(form, columns, (k,)), x, packed)
-    assert kernel in codes[0]
+    in_pairs = dtype == torch.bfloat16 and features % 2 == 0 and multiplies_pairs()
+    many = "larosa_packed_gemm" if in_pairs else "larosa_unpack"
+    assert ("larosa_packed_gemv" if rows <= 8 else many) in codes[0]
+    assert ("extern_kernels.mm(" in codes[0]) == (rows > 8 and not in_pairs)
     meant = unpack(packed, features, columns, form)
     # a dense product of many rows reads weights that were rounded to x's dtype
-    assert_is_product(y, x, meant if rows <= 8 else meant.bfloat16(), k)
+    assert_is_product(y, x, meant if rows <= 8 else meant.to(dtype), k)
 
 
 @EACH

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import larosa_compile
 from larosa_compile.errors import OptionError, ReleasedWeightsError
+from larosa_compile.memory import return_mapped
 from larosa_compile.recipe import Recipe
 from larosa_compile.released import ReleasedParameter, is_released, release
 from tests.support.models import relative_error, tiny_model, token_ids
@@ -146,3 +147,21 @@ def test_a_model_in_a_mapped_file_leaves_the_process_and_can_be_used(recipe: Rec
     fast = compiled(model, recipe.with_sparsity(0))
     assert relative_error(logits(fast, ids), expected) < 1e-5
     assert torch.equal(logits(model, ids), expected)
+
+
+def test_an_embedding_that_a_packed_head_was_made_of_leaves_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fewer bits the head is no table to look rows up in: the graph reads the parameter, but a few rows of it."""
+    tied = tiny_model("llama", tie_word_embeddings=True)
+    recipe = larosa_compile.calibrate(tied, [token_ids(4, 16)], 0.5).with_weights("int8")
+    tied.save_pretrained(tmp_path)
+    model, returned = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), list[Tensor]()
+
+    def watch(tensors: Iterable[Tensor], written: bool = False) -> None:
+        returned.extend(tensors) if written else return_mapped(tensors)
+
+    monkeypatch.setattr("larosa_compile.weights.return_mapped", watch)
+    expected = logits(compiled(tied, recipe, release_originals=False), token_ids(1, 7))
+    assert torch.equal(logits(compiled(model, recipe), token_ids(1, 7)), expected)
+    assert any(tensor is model.get_input_embeddings().weight for tensor in returned)
