@@ -3,11 +3,18 @@
 from typing import Any
 
 from torch._inductor import ir
+from torch._inductor.cpu_vec_isa import VecAVX512, pick_vec_isa
 from torch._inductor.utils import has_free_symbols
 
 from larosa_compile.kernels import heuristics
 from larosa_compile.kernels.cpp_templates import FusingTemplate
 from larosa_compile.kernels.formats import WeightFormat
+
+
+def multiplies_pairs() -> bool:
+    """Whether generated code may multiply and add pairs of bfloat16 numbers (AVX512_BF16), as these templates do."""
+    vectors = pick_vec_isa()
+    return isinstance(vectors, VecAVX512) and vectors.is_avx512_bf16_supported()
 
 
 class GemmTemplate(FusingTemplate):

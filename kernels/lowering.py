@@ -29,7 +29,7 @@ from torch._inductor.virtualized import V
 
 from larosa_compile.kernels import heuristics, ops, triton_heuristics, triton_lowering, triton_unpack
 from larosa_compile.kernels.cpp_attention import AttendTemplate, spelled_out
-from larosa_compile.kernels.cpp_gemm import GemmTemplate, PackedGemmTemplate
+from larosa_compile.kernels.cpp_gemm import GemmTemplate, PackedGemmTemplate, multiplies_pairs
 from larosa_compile.kernels.cpp_templates import (
     DotGemvTemplate,
     PackedGemvTemplate,
@@ -39,7 +39,7 @@ from larosa_compile.kernels.cpp_templates import (
     output_of,
 )
 from larosa_compile.kernels.formats import format_of
-from larosa_compile.kernels.support import multiplies_pairs, refusal_reason
+from larosa_compile.kernels.support import refusal_reason
 from larosa_compile.kernels.triton_threshold import MAX_FEATURES
 
 aten, prims = torch.ops.aten, torch.ops.prims

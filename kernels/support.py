@@ -1,7 +1,6 @@
 """Where sparse kernels exist."""
 
 import torch
-from torch._inductor.cpu_vec_isa import VecAVX512, pick_vec_isa
 
 from larosa_compile.kernels.reference import MAGNITUDE_VIEWS
 
@@ -18,9 +17,3 @@ def refusal_reason(device: torch.device, dtype: torch.dtype) -> str | None:
             f"there is no sparse kernel for {dtype} (supported: {', '.join(map(str, MAGNITUDE_VIEWS))}); it stays dense"
         )
     return None
-
-
-def multiplies_pairs() -> bool:
-    """Whether generated C++ code may multiply and add pairs of bfloat16 numbers: AVX512_BF16."""
-    vectors = pick_vec_isa()
-    return isinstance(vectors, VecAVX512) and vectors.is_avx512_bf16_supported()

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from larosa_compile.kernels import lowering, ops
-from larosa_compile.kernels.support import multiplies_pairs
+from larosa_compile.kernels.cpp_gemm import multiplies_pairs
 from tests.support.products import assert_is_product
 
 assert lowering.__name__ in sys.modules  # importing it is what registers the lowerings

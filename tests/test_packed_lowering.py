@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from larosa_compile.kernels import lowering, ops, reference
+from larosa_compile.kernels.cpp_gemm import multiplies_pairs
 from larosa_compile.kernels.formats import FORMATS, KNOWN, WeightFormat, pack, unpack
-from larosa_compile.kernels.support import multiplies_pairs
 
 assert lowering.__name__ in sys.modules  # importing it is what registers the lowerings
 
