@@ -6,8 +6,8 @@ COLUMN_MULTIPLE = 64
 MAX_CHUNK_COLUMNS = 16384
 # Columns of a result that are finished, and stored, at a time.
 MAX_TILE_COLUMNS = 1024
-# Rows that share one pass over the weight rows that any of them keeps. At 50 % and 2048 x 16384 (Zen 4) six were 15 %
-# faster so than as a product of many rows, eight 10 % slower in bfloat16, as fast in int8 and 20 % faster in int4.
+# Rows that share one pass over the weight rows that any of them keeps. In a sketch (50 %, 2048 x 16384, Zen 4) six took
+# 15 % less time so than as a product of many rows, eight 10 % more in bfloat16, as much in int8, 20 % less in int4.
 MAX_GEMV_ROWS = 8
 # Weight rows that are read side by side: each is a run of memory of its own, and one run alone does not keep enough
 # misses in flight. Eight and more read as fast as a plain sum does with as many runs.

@@ -194,3 +194,14 @@ def test_bits_per_byte() -> None:
     assert tokens.bits_per_byte([nats, nats], "all") == pytest.approx(1)
     assert tokens.bits_per_byte([nats, 3 * nats], "decode") == pytest.approx(2)
     assert table.Tokens([token_ids(1, 8)]).bits_per_byte([nats], "all") is None
+
+
+def test_several_texts_are_calibrated_on_in_turn() -> None:
+    """As many windows of each, up to the end of the shortest; one text as it is."""
+    first, second = [[token_ids(1, 8, seed=10 * text + index) for index in range(3)] for text in (1, 2)]
+    assert list(map(id, table.in_turn([first, second[:2]]))) == list(
+        map(id, [first[0], second[0], first[1], second[1]])
+    )
+    assert list(map(id, table.in_turn([first]))) == list(map(id, first))
+    assert table.parsed(["--calibration", "wiki", "c4"]).calibration == ["wiki", "c4"]
+    assert table.parsed([]).calibration == ["wiki"]
