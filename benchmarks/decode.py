@@ -114,6 +114,7 @@ def speeds(subject: Subject, context: int, sizes: dict[Variant, int], tokens: in
                 "layers": subject.layers,
                 "variant": variant.name,
                 "sparsity": variant.sparsity,
+                "guarded": variant.guarded,
                 "context": context,
                 "tokens_per_s": 1 / spread.median,
                 "spread": [1 / spread.maximum, 1 / spread.minimum],
@@ -145,6 +146,7 @@ def alone(records: list[dict[str, Any]], recipe: Recipe | None, done: Callable[[
         for record in bar.track(records, description="a process each"):
             command = [sys.executable, "-m", "benchmarks.decode", "--child", record["variant"], "--recipe", str(saved)]
             command += ["--shape", model, "--sparsities", str(record["sparsity"]), "--contexts", str(record["context"])]
+            command += [] if record["guarded"] else ["--unguarded"]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
             if run.returncode:
                 said = (run.stderr.strip().splitlines() or ["no message"])[-1]
@@ -156,7 +158,7 @@ def alone(records: list[dict[str, Any]], recipe: Recipe | None, done: Callable[[
 
 def child(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a variant costs by itself. Its prompt is random: neither time nor memory depends on the words."""
-    variant = Variant(arguments.child, arguments.sparsities[0])
+    variant = Variant(arguments.child, arguments.sparsities[0], not arguments.unguarded)
     model = shapes.build(arguments.shape[0])
     recipe = Recipe.load(arguments.recipe) if variant.is_larosa else None
     prompt = Prompt.read_by(model, decoding.random_ids(model, arguments.contexts[0], seed=2))
@@ -187,7 +189,8 @@ def fits(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for context in dict.fromkeys(record["context"] for record in records):
         for variant in LAROSA:
-            points = [record for record in records if (record["variant"], record["context"]) == (variant, context)]
+            one = (variant, context, True)
+            points = [record for record in records if (record["variant"], record["context"], record["guarded"]) == one]
             models = list(dict.fromkeys(record["model"] for record in points))
             for group in [models] if len(models) == 1 else [models, *([model] for model in models)]:
                 chosen = [record for record in points if record["model"] in group]
@@ -206,23 +209,13 @@ def table(records: list[dict[str, Any]]) -> Table:
         f"{first['model']}, {first['layers']} layers, context {first['context']}, {first['bandwidth_gb_s']:.1f} GB/s"
     )
     made = Table(title=title)
-    columns = (
-        "tokens/s (low, high)",
-        "ms/token",
-        "MB/token",
-        "bound ms",
-        "over bound",
-        "vs inductor",
-        "compile s",
-        "peak MB",
-        "MB held",
-    )
-    for column in ("variant", *columns):
+    columns = ("tokens/s (low, high)", "ms/token", "MB/token", "bound ms", "over bound", "vs inductor")
+    for column in ("variant", *columns, "compile s", "peak MB", "MB held"):
         made.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
     for record in records:
         low, high = record["spread"]
         made.add_row(
-            str(Variant(record["variant"], record["sparsity"])),
+            str(Variant(record["variant"], record["sparsity"], record["guarded"])),
             f"{record['tokens_per_s']:.1f} ({low:.1f}, {high:.1f})",
             f"{record['ms_per_token']:.2f}",
             f"{record['bytes_per_token'] / 1e6:,.0f}",
@@ -263,6 +256,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--contexts", nargs="+", type=measure.positive, help="tokens of the prompt")
     parser.add_argument("--sparsities", nargs="+", type=measure.sparsity, help="of larosa")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS)
+    parser.add_argument("--unguarded", action="store_true", help="besides without Dynamo's guards on modules")
     parser.add_argument("--rounds", type=measure.positive, help="turns of every variant")
     parser.add_argument("--tokens", type=measure.positive, default=32, help="timed in a turn (default: 32)")
     parser.add_argument("--no-children", action="store_true", help="no compile time, peak memory and split by kernels")
@@ -289,9 +283,10 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     if "inductor-max" in arguments.variants and 4 + arguments.rounds * (arguments.tokens + 1) > ROOM:
         parser.error(f"inductor-max has room for {ROOM} tokens in all rounds together: lower --rounds or --tokens")
     arguments.runs = [
-        Variant(name, sparsity)
+        Variant(name, sparsity, guarded)
         for name in dict.fromkeys(arguments.variants)
         for sparsity in (dict.fromkeys(arguments.sparsities) if name in LAROSA else [0.0])
+        for guarded in ([True, False] if arguments.unguarded and name in ("inductor", *LAROSA) else [True])
     ]
     return arguments
 

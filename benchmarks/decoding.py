@@ -20,6 +20,7 @@ import larosa_compile
 from benchmarks import assets, measure, shapes
 from larosa_compile.calibration import token_batches
 from larosa_compile.decoding import Forward, Prompt
+from larosa_compile.generation import unguarded
 from larosa_compile.kernels.formats import FORMATS
 from larosa_compile.memory import return_mapped
 from larosa_compile.recipe import Recipe
@@ -30,13 +31,18 @@ VARIANTS = ("eager", "inductor", "inductor-max", "larosa", *(f"larosa-{name}" fo
 
 @dataclass(frozen=True)
 class Variant:
-    """One of `VARIANTS`: a way to run a model. `sparsity` is larosa's, whose name also says the weights' format."""
+    """One of `VARIANTS`: a way to run a model. `sparsity` is larosa's, whose name also says the weights' format.
+
+    guarded: Dynamo looks through all modules before every token.
+    """
 
     name: str
     sparsity: float = 0.0
+    guarded: bool = True
 
     def __str__(self) -> str:
-        return f"{self.name} {self.sparsity:.0%}" if self.is_larosa else self.name
+        name = f"{self.name} {self.sparsity:.0%}" if self.is_larosa else self.name
+        return name if self.guarded else f"{name}, unguarded"
 
     @property
     def is_larosa(self) -> bool:
@@ -53,13 +59,14 @@ class Variant:
         """
         if self.name == "eager":
             return model
+        guards: dict[str, Any] = {} if self.guarded else unguarded()
         if self.name == "inductor":
-            return torch.compile(model)
+            return torch.compile(model, options=guards or None)
         if self.name == "inductor-max":
             return Frozen(model)
         if self.name not in VARIANTS or recipe is None:
             raise ValueError(f"a variant is one of {', '.join(VARIANTS)}, larosa with a recipe; got {self.name!r}")
-        options: Any = {"recipe": self.of(recipe), "release_originals": release}
+        options = {"recipe": self.of(recipe), "release_originals": release} | guards
         return torch.compile(model, backend="larosa", options=options)
 
 

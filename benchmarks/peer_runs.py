@@ -31,6 +31,7 @@ from benchmarks import assets
 from benchmarks.gguf_files import gguf_file
 from larosa_compile.decoding import decode_seconds
 from larosa_compile.evaluation import next_token_losses
+from larosa_compile.generation import unguarded
 
 WARM_UP = 4  # tokens decoded before the first timed ones: compilation, first touches of memory
 
@@ -73,11 +74,7 @@ class Torch:
         if job.weights == "int8" and job.runtime != "larosa":
             torchao = importlib.import_module("torchao.quantization")
             torchao.quantize_(self._model, torchao.Int8WeightOnlyConfig())
-        self._arguments: dict[str, Any] = {}
-        if job.runtime == "larosa":
-            options = {"sparsity": job.sparsity, "weights": {"bf16": "model"}.get(job.weights, job.weights)}
-            self._arguments = {"backend": "larosa", "options": options | {"recipe": self._recipe()}}
-        self._compiled: Any = torch.compile(self._model, **self._arguments)
+        self._compiled = self._compile()
 
     def decode(self, tokens: int) -> list[float]:
         return decode_seconds(self._model, self._compiled, torch.tensor([self._job.prompt]), tokens)
@@ -85,8 +82,14 @@ class Torch:
     def losses(self) -> list[float]:
         # a second shape would make Dynamo compile the first one again, for any shape
         torch._dynamo.reset()
-        compiled = torch.compile(self._model, **self._arguments)
-        return next_token_losses(compiled, [torch.tensor([window]) for window in self._job.windows])
+        return next_token_losses(self._compile(), [torch.tensor([window]) for window in self._job.windows])
+
+    def _compile(self) -> Any:
+        if self._job.runtime != "larosa":
+            return torch.compile(self._model, options=unguarded())
+        weights = {"bf16": "model"}.get(self._job.weights, self._job.weights)
+        options = unguarded(recipe=self._recipe(), sparsity=self._job.sparsity, weights=weights)
+        return torch.compile(self._model, backend="larosa", options=options)
 
     def _recipe(self) -> larosa_compile.Recipe:
         if self._job.recipe is not None:

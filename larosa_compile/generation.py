@@ -23,6 +23,16 @@ WARM_UP_PROMPT = 16
 """Tokens in the prompt that is compiled with, at least."""
 
 
+def unguarded(**options: Any) -> dict[str, Any]:
+    """Options of `torch.compile` by which Dynamo does not look through all modules before every call.
+
+    For whoever has one model of a class in the process, and does not touch its modules. Weights that are no longer
+    those that were folded are refused (`StaleWeightsError`), guarded or not. A new dict every time: `torch.compile`
+    takes this option out of the one that it is given.
+    """
+    return options | {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+
+
 @dataclass(frozen=True)
 class Continuation:
     """What was generated after one prompt. prefill_s: until the first new token; decode_s: all others together."""
@@ -97,7 +107,8 @@ class Generator:
             self._arguments["disable_compile"] = True
             return
         recipe.attach(model)
-        arguments: Any = {"backend": "larosa", "mode": None, "fullgraph": False, "options": {"recipe": recipe}}
+        options = unguarded(recipe=recipe)
+        arguments: Any = {"backend": "larosa", "mode": None, "fullgraph": False, "options": options}
         config: Any = CompileConfig(**arguments)
         config._compile_all_devices = True  # transformers compiles `generate` on accelerators only by default
         self._arguments |= {"cache_implementation": "static", "compile_config": config}

@@ -107,7 +107,14 @@ class FoldedWeights:
             StaleWeightsError: a parameter was written to, or replaced, after it was folded.
         """
         for index, parameter, version, path in self._sources:
-            if inputs[index] is not parameter or not _is_unchanged(parameter, version):
+            if inputs[index] is not parameter:
+                # a guard says so before, unless a guard_filter_fn took it out
+                raise StaleWeightsError(
+                    f"'{path}' is not the parameter that larosa folded: it was replaced, or belongs to another model "
+                    "of the same class, and a guard_filter_fn took out the guards that tell models apart; leave it "
+                    "out, or call torch._dynamo.reset() and run the compiled model again"
+                )
+            if not _is_unchanged(parameter, version):
                 raise StaleWeightsError(
                     f"'{path}' was changed after larosa folded it, so the compiled model would use its old value; "
                     "call torch._dynamo.reset() and run the compiled model again to fold the new weights"

@@ -18,12 +18,13 @@ from benchmarks import decode, decoding, kernels, measure, perplexity, shapes
 from benchmarks.decoding import ATTENTION, DENSE, GENERATED, GROUPS, SPARSE, Subject, Variant
 from larosa_compile import machine
 from larosa_compile.decoding import Prompt
+from larosa_compile.recipe import Recipe
 
 TINY = shapes.Shape("llama", 64, 160, 2, 4, 2, 96, True)
 UNTIED = shapes.Shape("qwen2", 64, 160, 2, 4, 2, 96, False)
 
 DECODE_FIELDS = {
-    *("model", "layers", "variant", "sparsity", "context", "tokens_per_s", "spread", "ms_per_token"),
+    *("model", "layers", "variant", "sparsity", "guarded", "context", "tokens_per_s", "spread", "ms_per_token"),
     *("bytes_per_token", "bandwidth_gb_s", "bandwidth_bound_ms", "over_bound", "vs_inductor"),
     *("compile_s", "peak_rss_mb", "rss_mb", "split"),
 }
@@ -213,12 +214,26 @@ def test_a_process_of_its_own_reports_and_may_fail(monkeypatch: pytest.MonkeyPat
         return subprocess.CompletedProcess(command, int(failed), "" if failed else json.dumps(reported), "Killed")
 
     monkeypatch.setattr(subprocess, "run", run)
-    record = {"model": "tiny", "layers": 2, "sparsity": 0.0, "context": 6, "peak_rss_mb": None}
-    records = [record | {"variant": "eager"}, record | {"variant": "inductor"}]
+    record = {"model": "tiny", "layers": 2, "sparsity": 0.0, "guarded": True, "context": 6, "peak_rss_mb": None}
+    records = [record | {"variant": "eager"}, record | {"variant": "inductor", "guarded": False}]
     decode.alone(records, None)
     assert [record["peak_rss_mb"] for record in records] == [reported["peak_rss_mb"], None]
-    child = decode.parsed(commands[0][3:])
-    assert (child.child, child.layers, child.contexts) == ("eager", None, [6])
+    child, other = (decode.parsed(command[3:]) for command in commands)
+    assert (child.child, child.layers, child.contexts, child.unguarded) == ("eager", None, [6], False)
+    assert (other.child, other.unguarded) == ("inductor", True)
+
+
+def test_variants_run_without_guards_besides(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = decode.parsed("--unguarded --variants eager inductor larosa --sparsities 0.5".split()).runs
+    names = ["eager", "inductor", "inductor, unguarded", "larosa 50%", "larosa 50%, unguarded"]
+    assert [str(variant) for variant in runs] == names
+    given: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda model, backend="inductor", options=None: given.append(options))
+    subject = Subject.prepared("tiny", None, [6], calibrated=False)
+    recipe = Recipe(0.5, {}, {}, {}, {})
+    for variant in runs:
+        variant.forward(subject.model, recipe)
+    assert ["guard_filter_fn" in (options or {}) for options in given] == [False, True, False, True]
 
 
 def test_fits_over_the_points_of_larosa() -> None:
@@ -229,7 +244,9 @@ def test_fits_over_the_points_of_larosa() -> None:
         {"variant": "larosa", "model": model, "context": context, "bytes_per_token": size * 10**9, "ms_per_token": ms}
         for model, context, size, ms in given
     ]
-    found = decode.fits([*records, records[0] | {"variant": "inductor", "ms_per_token": 900}])
+    records = [record | {"guarded": True} for record in records]
+    others: list[dict[str, Any]] = [{"variant": "inductor"}, {"guarded": False}]
+    found = decode.fits([*records, *(records[0] | other | {"ms_per_token": 900} for other in others)])
     assert [(fit["fit"], fit["context"], fit["points"]) for fit in found] == [(["a", "b"], 128, 5), (["a"], 128, 3)]
     for fit in found:
         assert (fit["gb_per_s"], fit["intercept_ms"], fit["r2"]) == pytest.approx((50, 3, 1))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 import larosa_compile
 from larosa_compile import registry, weights
 from larosa_compile.errors import StaleWeightsError
+from larosa_compile.generation import unguarded
 from larosa_compile.recipe import Recipe
 from larosa_compile.weights import FoldedWeight
 from tests.support.models import relative_error, tiny_model, token_ids
@@ -44,8 +45,9 @@ def recipe() -> Recipe:
     return larosa_compile.calibrate(small(), [token_ids(4, 16)], 0.0)
 
 
-def compiled(model: PreTrainedModel, recipe: Recipe | None = None) -> Any:
-    return torch.compile(model, backend="larosa", options={"recipe": recipe, "lowering": "eager"})
+def compiled(model: PreTrainedModel, recipe: Recipe | None = None, guarded: bool = True) -> Any:
+    options: dict[str, Any] = {"recipe": recipe, "lowering": "eager"}
+    return torch.compile(model, backend="larosa", options=options if guarded else unguarded(**options))
 
 
 def logits(model: Any, tokens: int = 8) -> Tensor:
@@ -107,6 +109,17 @@ def test_another_model_of_the_same_shape_has_its_own(remembered: bool, recipe: R
         assert relative_error(logits(compiled(model, given)), logits(model)) < DENSE
 
 
+def test_without_guards_another_model_is_refused(recipe: Recipe) -> None:
+    """Then Dynamo runs the graph of the first, and its folded weights, for the second."""
+    first, second = small(0), small(1)
+    fast, other = (compiled(model, recipe, guarded=False) for model in (first, second))
+    assert relative_error(logits(fast), logits(first)) < DENSE
+    with pytest.raises(StaleWeightsError, match="not the parameter that larosa folded"):
+        logits(other)
+    torch._dynamo.reset()
+    assert relative_error(logits(other), logits(second)) < DENSE
+
+
 def scale_in_place(linear: nn.Linear) -> None:
     linear.weight.mul_(1.5)
 
@@ -127,10 +140,11 @@ def new_data(linear: nn.Linear) -> None:
     linear.weight.data = linear.weight.data * 1.5
 
 
+@pytest.mark.parametrize("guarded", [True, False])
 @pytest.mark.parametrize("change", [scale_in_place, copy_into, new_parameter, assign, new_data])
-def test_no_change_of_a_weight_goes_unnoticed(change: Any, recipe: Recipe) -> None:
+def test_no_change_of_a_weight_goes_unnoticed(change: Any, guarded: bool, recipe: Recipe) -> None:
     model = small()
-    fast = compiled(model, recipe)
+    fast = compiled(model, recipe, guarded)
     before = logits(fast)
     with torch.no_grad():
         change(model.model.layers[0].mlp.up_proj)

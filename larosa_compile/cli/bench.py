@@ -28,6 +28,7 @@ def bench(
     from larosa_compile.cli.opening import open_model, open_recipe
     from larosa_compile.cli.output import print_json, print_table, table
     from larosa_compile.decoding import ROOM, compare
+    from larosa_compile.generation import unguarded
     from larosa_compile.loading import check_positions
     from larosa_compile.progress import progress_bar
 
@@ -35,10 +36,9 @@ def bench(
     loaded = open_model(model, dtype, device)
     check_positions(loaded, context + ROOM, f"--context and {ROOM} tokens behind it together")
     used.attach(loaded)
-    options: Any = {"recipe": used}
     variants: dict[str, Any] = {
-        "torch.compile": torch.compile(loaded),
-        "larosa": torch.compile(loaded, backend="larosa", options=options),
+        "torch.compile": torch.compile(loaded, options=unguarded()),
+        "larosa": torch.compile(loaded, backend="larosa", options=unguarded(recipe=used)),
     }
     prompt = torch.randint(loaded.config.get_text_config().vocab_size, (1, context), generator=_seeded())
     with progress_bar(True) as bar:
