@@ -11,7 +11,7 @@ on windows that nothing was learnt from, every token sparse, the rewritten graph
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,25 +20,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
 from transformers import PreTrainedModel
 
 from benchmarks import assets, likeness, measure
+from benchmarks.edited import Edited, Product
 from benchmarks.methods import Recipes
 from benchmarks.perplexity import paired, windows_of
 from larosa_compile import registry
 from larosa_compile.evaluation import next_token_losses, perplexity
-from larosa_compile.kernels import ops, reference
-from larosa_compile.passes.pipeline import Rewritten
 from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import Recipe
-from larosa_compile.stepwise import compile_stepwise
 
 RANK = 32
 START = "larosa-shared"
-
-Select = Callable[[str, Tensor, int | None], Tensor]
-"""Path of a site's first linear, its input [rows, features], how many features it keeps (None: all) -> what is read."""
 
 out = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
@@ -112,39 +106,6 @@ def _at(recipes: Recipes, share: float) -> Recipe:
     return recipes.calibrated(START).with_sparsity(sparsity)
 
 
-class Edited:
-    """A model with a recipe, run operation by operation, with another rule for what its sites read."""
-
-    def __init__(self, model: PreTrainedModel, recipe: Recipe, select: Select | None = None) -> None:
-        self._select = select or _largest
-        self._compiled = compile_stepwise(model, recipe, self._interpreter)
-
-    def __call__(self, **inputs: Any) -> Any:
-        with torch.no_grad():
-            return self._compiled(**inputs)
-
-    def _interpreter(self, module: GraphModule, rewritten: Rewritten) -> Interpreter:
-        paths = {made.products[0]: made.site.linears[0].path for made in rewritten.sites}
-        return _Editing(module, paths, self._select)
-
-
-class _Editing(Interpreter):
-    def __init__(self, module: GraphModule, paths: dict[Node, str], select: Select) -> None:
-        super().__init__(module)
-        self._paths, self._select = paths, select
-
-    def run_node(self, n: Node) -> Any:
-        if n not in self._paths:
-            return super().run_node(n)
-        (x, weight, kept, *_), _ = self.fetch_args_kwargs_from_env(n)
-        assert n.target is ops.sparse_linear
-        return self._select(self._paths[n], x, kept) @ weight
-
-
-def _largest(_: str, x: Tensor, kept: int | None) -> Tensor:
-    return x if kept is None else reference.sparsify(x, kept)
-
-
 class Dropped:
     """What sites drop on some text, all of them sparse: its mean, and for writers its second moments.
 
@@ -163,42 +124,41 @@ class Dropped:
             watching(input_ids=ids, use_cache=False)
         registry.drop_graphs()
 
-    def _watched(self, path: str, x: Tensor, kept: int | None) -> Tensor:
-        read = _largest(path, x, kept)
-        rest = (x - read).float()
+    def _watched(self, product: Product) -> Tensor:
+        path, rest = product.path, (product.x - product.largest).float()
         self._sums[path] = self._sums.get(path, torch.zeros(())) + rest.sum(0)
-        self._rows[path] = self._rows.get(path, 0) + len(x)
+        self._rows[path] = self._rows.get(path, 0) + len(rest)
         if path in self._writers:
             self._moments[path] = self._moments.get(path, torch.zeros(())) + rest.T @ rest
-        return read
+        return product.as_it_is()
 
     def keep_leading(self, rank: int) -> None:
         """Makes the leading directions of what writers drop, [features, rank] each."""
         for path, moment in self._moments.items():
             self._leading[path] = torch.linalg.eigh(moment.double()).eigenvectors[:, -rank:].float()
 
-    def with_mean(self, path: str, x: Tensor, kept: int | None) -> Tensor:
-        """What a site reads, and the mean of what it drops."""
-        return _largest(path, x, kept) + (self._sums[path] / self._rows[path]).to(x.dtype)
+    def with_mean(self, product: Product) -> Tensor:
+        """Reads, besides what a site does, the mean of what it drops."""
+        mean = self._sums[product.path] / self._rows[product.path]
+        return (product.largest + mean.to(product.x.dtype)) @ product.weight
 
-    def with_leading(self, path: str, x: Tensor, kept: int | None) -> Tensor:
-        """What a site reads, and what it drops along the leading directions."""
-        read = _largest(path, x, kept)
-        if path not in self._leading:
-            return read
-        leading = self._leading[path].to(x.dtype)
-        return read + (x - read) @ leading @ leading.T
+    def with_leading(self, product: Product) -> Tensor:
+        """Reads, besides what a site does, what it drops along the leading directions."""
+        if product.path not in self._leading:
+            return product.as_it_is()
+        leading, read = self._leading[product.path].to(product.x.dtype), product.largest
+        return (read + (product.x - read) @ leading @ leading.T) @ product.weight
 
 
 def refreshed(model: PreTrainedModel, recipe: Recipe, batches: Sequence[Tensor]) -> Recipe:
     """The recipe with bases from second moments that are taken with all sites sparse."""
     moments: dict[str, Tensor] = {}
 
-    def watched(path: str, x: Tensor, kept: int | None) -> Tensor:
-        basis = recipe.sites[path].basis
+    def watched(product: Product) -> Tensor:
+        basis, x = recipe.sites[product.path].basis, product.x.double()
         if basis is not None:
-            moments[basis] = moments.get(basis, torch.zeros(())) + x.double().T @ x.double()
-        return _largest(path, x, kept)
+            moments[basis] = moments.get(basis, torch.zeros(())) + x.T @ x
+        return product.as_it_is()
 
     watching = Edited(model, recipe, watched)
     for ids in batches:

@@ -112,14 +112,14 @@ def pack_columns(
     packed = torch.zeros(form.shape(features, columns), dtype=PACKED_DTYPE, device=device)
     for start in range(0, columns, _SLICE):
         chosen = weight(slice(start, min(start + _SLICE, columns)))
-        for group in _groups(packed, features, form):
+        for group, scales, lines in _stored(packed, features, form):
             part = chosen[group.features].float()
-            scale = _scale(part, group.range)
-            codes = (part / torch.where(scale == 0, 1.0, scale)).round_().clamp_(*group.range)
+            scale = nearest_scale(part, group.range)
+            codes = nearest_codes(part, scale, group.range)
             encoded = _encode(_halves(codes, form.radix) if group.is_fine else codes, form)
             first = start * form.bits // 8
-            group.lines[:, first : first + encoded.shape[1]] = encoded
-            group.scales[start : start + len(scale)] = scale
+            lines[:, first : first + encoded.shape[1]] = encoded
+            scales[start : start + len(scale)] = scale
     return packed
 
 
@@ -136,46 +136,58 @@ def unpack(packed: Tensor, features: int, columns: int, form: WeightFormat) -> T
             f"got {packed.dtype} {list(packed.shape)}"
         )
     weight = torch.empty(features, columns, device=packed.device)
-    for group in _groups(packed, features, form):
-        codes = _decode(group.lines, form)
+    for group, scales, lines in _stored(packed, features, form):
+        codes = _decode(lines, form)
         if group.is_fine:
             codes = form.radix * codes[::2] + codes[1::2]
-        weight[group.features] = (group.scales.float() * codes)[:, :columns]
+        weight[group.features] = (scales.float() * codes)[:, :columns]
     return weight
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Views of a group's scales, bfloat16 [padded columns], and lines, and which features these belong to."""
+class Group:
+    """Features that share scales, whether they have two lines each, and the smallest and the largest of their codes."""
 
-    scales: Tensor
-    lines: Tensor
     features: slice
     is_fine: bool
     range: tuple[int, int]
 
 
-def _groups(packed: Tensor, features: int, form: WeightFormat) -> Iterator[_Group]:
+def groups(features: int, form: WeightFormat) -> Iterator[Group]:
+    """The groups of a weight of so many features, from the first feature on."""
     # one code more below zero than above where codes are few: the extreme value takes it, whatever its sign
     low, high = -form.radix // 2, form.radix // 2 - 1
     usual = (low, high) if form.bits == 4 else (-127, 127)
     both = (form.radix * low + low, form.radix * high + high)
     fine, first = min(features, form.fine), 0
-    for top in range(0, len(packed), form.scale_lines + form.group):
-        scales, lines = packed[top:].split([form.scale_lines, len(packed) - top - form.scale_lines])
-        lines, is_fine = lines[: form.group], first < fine
-        count = len(lines) // (1 + is_fine)
-        span = both if is_fine else usual
-        yield _Group(scales.view(-1).view(torch.bfloat16), lines, slice(first, first + count), is_fine, span)
-        first += count
+    while first < features:
+        is_fine = first < fine
+        last = min(first + form.group // 2, fine) if is_fine else min(first + form.group, features)
+        yield Group(slice(first, last), is_fine, both if is_fine else usual)
+        first = last
 
 
-def _scale(part: Tensor, span: tuple[int, int]) -> Tensor:
-    """The scale of each column, as bfloat16 holds it."""
+def _stored(packed: Tensor, features: int, form: WeightFormat) -> Iterator[tuple[Group, Tensor, Tensor]]:
+    """Each group with views of its scales, bfloat16 [padded columns], and of its lines."""
+    top = 0
+    for group in groups(features, form):
+        count = (group.features.stop - group.features.start) * (1 + group.is_fine)
+        scales, lines, _ = packed[top:].split([form.scale_lines, count, len(packed) - top - form.scale_lines - count])
+        yield group, scales.view(-1).view(torch.bfloat16), lines
+        top += form.scale_lines + count
+
+
+def nearest_scale(part: Tensor, span: tuple[int, int]) -> Tensor:
+    """The scale of each column of a group [features, columns], as bfloat16 holds it: the extreme is a code."""
     extreme = part.gather(0, part.abs().argmax(0, keepdim=True))[0]
     smallest, largest = span
     scale = extreme.abs() / largest if smallest == -largest else extreme / smallest
     return scale.bfloat16().float()
+
+
+def nearest_codes(part: Tensor, scale: Tensor, span: tuple[int, int]) -> Tensor:
+    """The nearest codes, as whole numbers of the dtype of `part` [..., columns], to its entries over `scale`."""
+    return (part / torch.where(scale == 0, 1.0, scale)).round_().clamp_(*span)
 
 
 def _halves(codes: Tensor, radix: int) -> Tensor:

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 import larosa_compile
 from benchmarks import ideas, likeness
-from benchmarks.ideas import Dropped, Edited, refreshed
+from benchmarks.edited import Edited, Product
+from benchmarks.ideas import Dropped, refreshed
 from benchmarks.methods import Recipes
 from larosa_compile import registry
 from larosa_compile.passes.plan import HEAD
@@ -39,6 +40,11 @@ def _reset() -> Iterator[None]:
     registry.drop_graphs()
 
 
+def alone(path: str, x: torch.Tensor, kept: int | None) -> Product:
+    """A product whose output is what its site reads."""
+    return Product(path, True, x, torch.eye(x.shape[1]), kept)
+
+
 def test_without_a_rule_of_its_own_it_is_the_recipe(model: PreTrainedModel, layered: Recipe) -> None:
     found = Edited(model, layered)(input_ids=IDS, use_cache=False).logits
     with simulated(model, layered), torch.no_grad():
@@ -48,17 +54,16 @@ def test_without_a_rule_of_its_own_it_is_the_recipe(model: PreTrainedModel, laye
 def test_the_mean_of_what_is_dropped_is_given_back(model: PreTrainedModel, layered: Recipe) -> None:
     dropped = Dropped(model, layered, LEARNT)
     (path, *_) = layered.sites
-    x = torch.randn(6, model.config.hidden_size)
-    read = ideas._largest(path, x, 5)
-    mean = dropped.with_mean(path, x, 5) - read
+    product = alone(path, torch.randn(6, model.config.hidden_size), 5)
+    mean = dropped.with_mean(product) - product.largest
     assert torch.allclose(mean, mean[:1].expand_as(mean), atol=1e-6)
     # summed over the rows that were watched, what is left has no mean
     seen: list[torch.Tensor] = []
 
-    def watch(at: str, given: torch.Tensor, kept: int | None) -> torch.Tensor:
-        if at == path:
-            seen.append(given - dropped.with_mean(at, given, kept))
-        return ideas._largest(at, given, kept)
+    def watch(product: Product) -> torch.Tensor:
+        if product.path == path:
+            seen.append(product.x - dropped.with_mean(alone(path, product.x, product.kept)))
+        return product.as_it_is()
 
     watching = Edited(model, layered, watch)
     for ids in LEARNT:
@@ -70,16 +75,15 @@ def test_all_leading_directions_are_everything(model: PreTrainedModel, layered: 
     dropped = Dropped(model, layered, LEARNT)
     writer = next(path for path, site in layered.sites.items() if site.kind == "writer")
     features = layered.parameters[writer][1]
-    x = torch.randn(3, features)
-    read = ideas._largest(writer, x, 4)
-    errors = []
+    product = alone(writer, torch.randn(3, features), 4)
+    x, errors = product.x, []
     for rank in (1, features // 2, features):
         dropped.keep_leading(rank)
-        errors.append(float((dropped.with_leading(writer, x, 4) - x).norm()))
-    assert float((read - x).norm()) >= errors[0] > errors[1] > errors[2] and errors[2] < 1e-4
+        errors.append(float((dropped.with_leading(product) - x).norm()))
+    assert float((product.largest - x).norm()) >= errors[0] > errors[1] > errors[2] and errors[2] < 1e-4
     reader = next(path for path, site in layered.sites.items() if site.kind == "reader")
-    y = torch.randn(2, layered.parameters[reader][1])
-    assert torch.equal(dropped.with_leading(reader, y, 4), ideas._largest(reader, y, 4))
+    other = alone(reader, torch.randn(2, layered.parameters[reader][1]), 4)
+    assert torch.equal(dropped.with_leading(other), other.largest)
 
 
 def test_bases_refreshed_where_nothing_is_dropped_are_the_same(model: PreTrainedModel, layered: Recipe) -> None:

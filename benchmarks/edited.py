@@ -1,0 +1,73 @@
+"""A model with a recipe, run operation by operation, whose sites compute what a benchmark wants to try."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from transformers import PreTrainedModel
+
+from larosa_compile.kernels import ops, reference
+from larosa_compile.passes.pipeline import Rewritten
+from larosa_compile.recipe import Recipe
+from larosa_compile.stepwise import compile_stepwise
+
+
+@dataclass(frozen=True)
+class Product:
+    """A site's sparse product, about to be computed.
+
+    path: of the site's first linear. is_sorted: whether the features are those of a basis, sorted by energy. x: [rows,
+    features]. weight: [features, columns]. kept: how many features are, None for all.
+    """
+
+    path: str
+    is_sorted: bool
+    x: Tensor
+    weight: Tensor
+    kept: int | None
+
+    @property
+    def largest(self) -> Tensor:
+        """x with what a Top-K drops set to 0."""
+        return self.x if self.kept is None else reference.sparsify(self.x, self.kept)
+
+    def as_it_is(self) -> Tensor:
+        """The output of the site, [rows, columns]."""
+        return self.largest @ self.weight
+
+
+Rule = Callable[[Product], Tensor]
+"""What a site puts out, [rows, columns]."""
+
+
+class Edited:
+    """To be called as the model is."""
+
+    def __init__(self, model: PreTrainedModel, recipe: Recipe, rule: Rule = Product.as_it_is) -> None:
+        self._rule = rule
+        self._compiled = compile_stepwise(model, recipe, self._interpreter)
+
+    def __call__(self, **inputs: Any) -> Any:
+        with torch.no_grad():
+            return self._compiled(**inputs)
+
+    def _interpreter(self, module: GraphModule, rewritten: Rewritten) -> Interpreter:
+        sites = {made.products[0]: made.site for made in rewritten.sites}
+        known = {node: (site.linears[0].path, site.basis is not None) for node, site in sites.items()}
+        return _Editing(module, known, self._rule)
+
+
+class _Editing(Interpreter):
+    def __init__(self, module: GraphModule, sites: dict[Node, tuple[str, bool]], rule: Rule) -> None:
+        super().__init__(module)
+        self._sites, self._rule = sites, rule
+
+    def run_node(self, n: Node) -> Any:
+        if n not in self._sites:
+            return super().run_node(n)
+        (x, weight, kept, *_), _ = self.fetch_args_kwargs_from_env(n)
+        assert n.target is ops.sparse_linear
+        return self._rule(Product(*self._sites[n], x, weight, kept))
