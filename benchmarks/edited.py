@@ -1,7 +1,9 @@
-"""A model with a recipe, run operation by operation, whose sites compute what a benchmark wants to try."""
+"""A model with a recipe, run operation by operation, whose sites compute what a benchmark tries; its arguments."""
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from transformers import PreTrainedModel
 
+from benchmarks import measure
 from larosa_compile.kernels import ops, reference
 from larosa_compile.passes.pipeline import Rewritten
 from larosa_compile.recipe import Recipe
@@ -71,3 +74,26 @@ class _Editing(Interpreter):
         (x, weight, kept, *_), _ = self.fetch_args_kwargs_from_env(n)
         assert n.target is ops.sparse_linear
         return self._rule(Product(*self._sites[n], x, weight, kept))
+
+
+def argument_parser(description: str | None, quick: str) -> argparse.ArgumentParser:
+    """What every such benchmark is given. quick: what its short run leaves out."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--model", default="smollm2", help="smollm2, a hub name, a folder or a GGUF file")
+    parser.add_argument("--context", type=measure.positive, default=1024)
+    parser.add_argument("--windows", type=measure.positive, help="to evaluate on, at least 2 (default: 8)")
+    parser.add_argument("--calibration-windows", type=measure.positive, help="(default: 24)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--json", type=Path, help="write the records to this file, anew after every step")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments with the defaults of windows filled in."""
+    arguments = parser.parse_args(argv)
+    arguments.windows = arguments.windows or (2 if arguments.quick else 8)
+    arguments.calibration_windows = arguments.calibration_windows or (4 if arguments.quick else 24)
+    if arguments.windows < 2:
+        parser.error(f"--windows must be at least 2, for an error to be known, got {arguments.windows}")
+    return arguments

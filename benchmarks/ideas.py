@@ -13,7 +13,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks import assets, likeness, measure
+from benchmarks import assets, edited, likeness, measure
 from benchmarks.edited import Edited, Product
 from benchmarks.methods import Recipes
 from benchmarks.perplexity import paired, windows_of
@@ -183,22 +182,11 @@ def table(records: list[dict[str, Any]]) -> Table:
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments with defaults filled in."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two windows of one text, calibrated on four")
-    parser.add_argument("--model", default="smollm2", help="smollm2, a hub name, a folder or a GGUF file")
+    parser = edited.argument_parser(__doc__, "two windows of one text, calibrated on four")
     parser.add_argument("--text", nargs="+", help=f"to evaluate on: {', '.join(assets.TEXTS)}, or a file")
     parser.add_argument("--sparsity", type=measure.sparsity, default=0.5)
-    parser.add_argument("--context", type=measure.positive, default=1024)
-    parser.add_argument("--windows", type=measure.positive, help="to evaluate on, at least 2 (default: 8)")
-    parser.add_argument("--calibration-windows", type=measure.positive, help="(default: 24)")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--json", type=Path, help="write the records to this file, anew after every idea")
-    arguments = parser.parse_args(argv)
+    arguments = edited.parsed(parser, argv)
     arguments.text = arguments.text or (["wiki"] if arguments.quick else ["wiki", "c4"])
-    arguments.windows = arguments.windows or (2 if arguments.quick else 8)
-    arguments.calibration_windows = arguments.calibration_windows or (4 if arguments.quick else 24)
-    if arguments.windows < 2:
-        parser.error(f"--windows must be at least 2, for an error to be known, got {arguments.windows}")
     return arguments
 
 

@@ -4,7 +4,7 @@ Every peer decodes in a process of its own with the same number of threads: one 
 then greedy. They take turns, in the opposite order in every other round; between rounds reading a large buffer says
 what the memory gives. `tokens_per_s` is the median over all tokens, `spread` the lowest and highest median of a
 round. Perplexity is over the same tokens everywhere: windows of 512 tokens of wiki text, all next-token losses.
-What does not run is a record too, with the reason.
+What does not run is a record too, with the reason. torch.compile and larosa run without Dynamo's guards on modules.
 
 GGUF files of other types are made from the given one, in the folder for temporary files (TMPDIR): of a file of 4 bits
 per weight, those of 8 and 16 hold the same values, and another type of 4 loses a second time.

@@ -14,7 +14,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +23,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import larosa_compile
-from benchmarks import assets, measure
+from benchmarks import assets, edited, measure
 from benchmarks.edited import Edited, Product
 from benchmarks.perplexity import paired, windows_of
 from larosa_compile import registry
 from larosa_compile.evaluation import next_token_losses, perplexity
-from larosa_compile.kernels.formats import FORMATS, UNSORTED, Group, WeightFormat, groups, nearest_codes, nearest_scale
+from larosa_compile.kernels.formats import (
+    FORMATS,
+    UNSORTED,
+    Group,
+    WeightFormat,
+    groups,
+    nearest_codes,
+    nearest_scale,
+    pack,
+    unpack,
+)
 from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import Recipe
 
@@ -132,13 +141,9 @@ class Moments:
 
 
 def nearest(weight: Tensor, form: WeightFormat, moments: Tensor) -> Tensor:
-    """What `formats.pack` rounds to."""
+    """What the package does."""
     del moments
-    found = torch.empty_like(weight)
-    for group in groups(len(weight), form):
-        part = weight[group.features]
-        found[group.features] = _meant(part, nearest_scale(part, group.range), group)
-    return found
+    return unpack(pack(weight, form), *weight.shape, form)
 
 
 def least_squares(weight: Tensor, form: WeightFormat, moments: Tensor) -> Tensor:
@@ -192,22 +197,11 @@ def table(records: list[dict[str, Any]]) -> Table:
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments with defaults filled in."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two windows, calibrated on four, int4 only")
-    parser.add_argument("--model", default="smollm2", help="smollm2, a hub name, a folder or a GGUF file")
+    parser = edited.argument_parser(__doc__, "two windows, calibrated on four, int4 only")
     parser.add_argument("--weights", nargs="+", choices=tuple(FORMATS), help="formats (default: all)")
     parser.add_argument("--sparsities", nargs="+", type=measure.sparsity, default=[0.0])
-    parser.add_argument("--context", type=measure.positive, default=1024)
-    parser.add_argument("--windows", type=measure.positive, help="to evaluate on, at least 2 (default: 8)")
-    parser.add_argument("--calibration-windows", type=measure.positive, help="(default: 24)")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--json", type=Path, help="write the records to this file, anew after every one")
-    arguments = parser.parse_args(argv)
+    arguments = edited.parsed(parser, argv)
     arguments.weights = arguments.weights or (["int4"] if arguments.quick else list(FORMATS))
-    arguments.windows = arguments.windows or (2 if arguments.quick else 8)
-    arguments.calibration_windows = arguments.calibration_windows or (4 if arguments.quick else 24)
-    if arguments.windows < 2:
-        parser.error(f"--windows must be at least 2, for an error to be known, got {arguments.windows}")
     return arguments
 
 

@@ -22,7 +22,7 @@ def bench(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure decode speed: torch.compile as it comes against larosa, in turns."""
+    """Measure decode speed: torch.compile against larosa, in turns, both without Dynamo's guards on modules."""
     import torch
 
     from larosa_compile.cli.opening import open_model, open_recipe
