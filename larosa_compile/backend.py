@@ -2,30 +2,23 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from larosa_compile import registry
+from larosa_compile.attempt import attempted
 from larosa_compile.capture import Boxed, Captured, capture, check_has_values
 from larosa_compile.collection import is_whole
-from larosa_compile.compiled import compile_rewritten, lower_dense
+from larosa_compile.compiled import lower_dense
 from larosa_compile.config import Config
 from larosa_compile.errors import MissingRecipeError
 from larosa_compile.memory import return_freed
 from larosa_compile.online import compile_online
-from larosa_compile.passes.graph import Refusal
-from larosa_compile.passes.pipeline import Rewritten, pack, rewrite
 from larosa_compile.recipe import Recipe
 from larosa_compile.recipe_checks import DENSE
-from larosa_compile.released import is_released
-from larosa_compile.report import described, report_of
-from larosa_compile.self_check import find_fault
-from larosa_compile.site import SiteRecipe
 from larosa_compile.trace import Trace
-from larosa_compile.weights import FoldedWeights
 
 
 def larosa(
@@ -68,66 +61,24 @@ def _compile(captured: Captured, config: Config, started: float) -> Boxed:
         return compile_online(captured, config, started)
     captured = captured.renamed(recipe.locate(captured.shapes))
     trace = Trace(config.dump, started)
-    # a model whose weights were released was checked, or not, when they were folded
-    checked = config.self_check and not any(map(is_released, captured.tensors.values()))
-    made = _checked(captured, recipe, trace) if checked else _rewritten(captured, recipe, recipe.sites, trace)
-    if recipe.packs and made.is_sound:
-        packed = pack(made.captured.graph, made.rewritten, recipe.weights, captured.fake_mode, trace.graph)
-        made = replace(made, rewritten=packed)
-    report = report_of(made.rewritten, captured, described(recipe), made.faults, recipe.packs)
-    trace.plan(made.rewritten.plan)
-    trace.report(report)
-    registry.add_report(captured.tensors.values(), report)
-    if made.is_sound:
-        # what the self-check ran on, `made.weights`, is still there: these are the same, or are made of them
-        release_each = config.release_originals and not checked
+    attempt = attempted(captured, recipe, config, trace)
+    trace.report(attempt.report)
+    registry.add_report(captured.tensors.values(), attempt.report)
+    if attempt.is_sound:
+        weights = attempt.read.weights
         with trace.stage("fold weights"):
-            weights = FoldedWeights(list(made.rewritten.folded.values()), made.captured, recipe, release=release_each)
+            # what the self-check ran on is still there: these are the same, or are made of them
+            weights.fold()
         if config.release_originals:
             weights.release()
-    with trace.stage(config.lowering):
-        if made.is_sound:
-            compiled = compile_rewritten(made.captured, config)
-            run = compiled.with_weights(weights, config)
-            trace.generated(compiled.run)
-        else:
-            # not even the graph without a site agrees, so the graph that was captured is the one to run
-            run = lower_dense(captured, config)
+        run = attempt.compiled.with_weights(weights, config)
+        trace.generated(attempt.compiled.run)
+    else:
+        # not even the graph without a site agrees, so the graph that was captured is the one to run
+        run = lower_dense(captured, config)
     return_freed()
-    trace.done(report)
+    trace.done(attempt.report)
     return run
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A rewritten graph. weights: what the self-check ran it on; faults: the sites that it took out."""
-
-    captured: Captured
-    rewritten: Rewritten
-    weights: FoldedWeights | None = None
-    faults: tuple[Refusal, ...] = ()
-    is_sound: bool = True
-
-
-def _rewritten(captured: Captured, recipe: Recipe, choices: Mapping[str, SiteRecipe], trace: Trace) -> _Made:
-    """Rewrites a captured graph in place. In fewer bits, a vocabulary matrix is no table to look embeddings up in."""
-    return _Made(captured, rewrite(captured.graph, choices, captured.fake_mode, trace.graph, not recipe.packs))
-
-
-def _checked(captured: Captured, recipe: Recipe, trace: Trace) -> _Made:
-    """Rewrites copies of a captured graph until one computes what it does when nothing is dropped."""
-    choices, faults = dict(recipe.sites), list[Refusal]()
-    while True:
-        made = _rewritten(captured.copy(), recipe, choices, trace)
-        with trace.stage("fold weights"):
-            weights = FoldedWeights(list(made.rewritten.folded.values()), made.captured, recipe)
-        with trace.stage("self-check"):
-            fault = find_fault(captured, made.captured, made.rewritten, weights.tensors, recipe)
-        if fault is None or not choices:
-            return replace(made, weights=weights, faults=tuple(faults), is_sound=fault is None)
-        faulty = fault.sites & choices.keys() or choices.keys()
-        faults += [Refusal(path, fault.reason) for path in sorted(faulty)]
-        choices = {path: choice for path, choice in choices.items() if path not in faulty}
 
 
 def _recipe(config: Config, captured: Captured) -> Recipe | None:

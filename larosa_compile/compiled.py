@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx_inner
 from torch.compiler import config as compiler_config
 
@@ -69,6 +70,9 @@ def lower(captured: Captured, fakes: list[Any], arguments: dict[str, Any], confi
     module = captured.graph.module
     if config.lowering == "eager" or reads_quantised(captured.graph):
         return boxed(lambda inputs: module(*inputs))
+    tracing = TracingContext.try_get()
+    if tracing is not None and tracing.output_strides:
+        tracing.output_strides.clear()  # of an attempt that was given up
     # Inductor's cache does not see the source of lowerings and templates that others registered
     tag = f"{compiler_config.cache_key_tag}larosa-{source_digest()}"
     with captured.fake_mode, compiler_config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]

@@ -134,7 +134,7 @@ class _SwitchingGraph:
         faults, checked = list[Refusal](), None
         if self._config.self_check:
             with trace.stage("fold weights"):
-                checked = FoldedWeights(list(parts.rewritten.folded.values()), parts.attempt, recipe)
+                checked = FoldedWeights(list(parts.rewritten.folded.values()), parts.attempt, recipe).fold()
             met = replace(parts.captured, inputs=list(inputs))
             with trace.stage("self-check"):
                 fault = find_fault(met, parts.attempt, parts.rewritten, checked.tensors, recipe)
@@ -155,7 +155,7 @@ class _SwitchingGraph:
         if faults:
             return lower_dense(parts.captured, replace(self._config, lowering="eager"))
         # the weights that were `checked`, if they were, are still there: these are the same, or are made of them
-        weights = FoldedWeights(list(read.folded.values()), parts.attempt, recipe)
+        weights = FoldedWeights(list(read.folded.values()), parts.attempt, recipe).fold()
         return parts.compiled.with_weights(weights, self._config)
 
 

@@ -28,7 +28,7 @@ def compile_stepwise(
     def interpreted(captured: Captured) -> Boxed:
         own = captured.copy().renamed(recipe.locate(captured.shapes))
         rewritten = rewrite(own.graph, recipe.sites if sites is None else sites, own.fake_mode)
-        weights = FoldedWeights(list(rewritten.folded.values()), own, recipe)
+        weights = FoldedWeights(list(rewritten.folded.values()), own, recipe).fold()
         made = interpreter(own.graph.module, rewritten)
 
         def run(inputs: list[Any]) -> Any:

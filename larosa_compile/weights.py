@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from larosa_compile.capture import Captured
 from larosa_compile.errors import StaleWeightsError
 from larosa_compile.memory import return_freed, return_mapped
+from larosa_compile.passes.graph import GraphInvariantError
 from larosa_compile.passes.parameters import Parameters
 from larosa_compile.passes.quantised import stored_in
 from larosa_compile.passes.rewriting import FoldedTensor
@@ -55,7 +56,7 @@ _folded: weakref.WeakValueDictionary[tuple[object, ...], FoldedWeight] = weakref
 
 
 class FoldedWeights:
-    """The folded weights of one graph, in the order of its added inputs.
+    """The folded weights of one graph, in the order of its added inputs. They are there once `fold` was called.
 
     release: give the memory of every parameter back once the last weight that it is folded into is made, so that
     no more than one weight is there twice.
@@ -73,16 +74,31 @@ class FoldedWeights:
         self._read = {path for node, path in captured.graph.paths.items() if node.users}
         # what is too small to matter stays
         self._releasable = [path for path in needed if self._parameters[path].ndim > 1]
-        made: dict[int, FoldedWeight] = {}
+        self._made: dict[int, FoldedWeight] = {}
+        self._steps = self._folding(folded, needed, recipe, release)
+
+    def fold(self) -> "FoldedWeights":
+        """Makes all that are not there yet."""
+        while self.fold_one():
+            pass
+        return self
+
+    def fold_one(self) -> bool:
+        """Makes one of those that are not there yet. Returns whether there was one."""
         with torch.no_grad():
-            # the largest first: what folding it takes besides is then not on top of all the others
-            for index, spec in sorted(enumerate(folded), key=lambda numbered: -numbered[1].bytes):
-                made[index] = _fold(spec, self._parameters, recipe)
-                needed.subtract(spec.paths)
-                if release:
-                    self.release(path for path in spec.paths if not needed[path])
-                return_mapped(recipe.rotations.values())
-        self._weights = [made[index] for index in range(len(folded))]
+            return next(self._steps, False)
+
+    def _folding(
+        self, folded: list[FoldedTensor], needed: Counter[str], recipe: Recipe, release: bool
+    ) -> Iterator[bool]:
+        # the largest first: what folding it takes besides is then not on top of all the others
+        for index, spec in sorted(enumerate(folded), key=lambda numbered: -numbered[1].bytes):
+            self._made[index] = _fold(spec, self._parameters, recipe)
+            needed.subtract(spec.paths)
+            if release:
+                self.release(path for path in spec.paths if not needed[path])
+            return_mapped(recipe.rotations.values())
+            yield True
 
     def release(self, paths: Iterable[str] | None = None) -> None:
         """Gives back the memory of the parameters, all or these, that folded weights are made of.
@@ -98,7 +114,8 @@ class FoldedWeights:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [weight.tensor for weight in self._weights]
+        """Those that are made, in order."""
+        return [self._made[index].tensor for index in sorted(self._made)]
 
     def check_fresh(self, inputs: list[Any]) -> None:
         """Refuses to run on weights that no longer are the model's. `inputs`: the graph's own, in order.
@@ -131,6 +148,10 @@ def _fold(spec: FoldedTensor, parameters: Parameters, recipe: Recipe) -> FoldedW
             tensor = spec.convert(lambda columns: plain.tensor[:, columns])
         else:
             tensor = spec.build(parameters, recipe.rotations)
+        if tensor.shape != spec.shape or (tensor.dtype, tensor.device.type) != (spec.dtype, spec.device.type):
+            found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            wanted = f"{spec.dtype} {spec.shape} on {spec.device}"
+            raise GraphInvariantError("fold weights", None, f"'{spec.key}' has to be {wanted}, not {found}")
         known = FoldedWeight(tensor, tuple((weakref.ref(p), _version(p)) for p in sources))
         _folded[key] = known
     return known

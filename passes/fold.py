@@ -151,13 +151,14 @@ def _fold_stacked(editor: GraphEditor, activation: Node, folds: list[LinearFold]
 def _packed_weight(folds: list[LinearFold]) -> FoldedTensor:
     fake = value(folds[0].linear.product)
     assert fake is not None
+    dtype, device = fake.dtype, fake.device
     rows, columns = folds[0].linear.in_features, sum(fold.linear.out_features for fold in folds)
 
     def build(parameters: Parameters, rotations: Rotations) -> torch.Tensor:
         return some(parameters, rotations, slice(0, columns))
 
     def some(parameters: Parameters, rotations: Rotations, chosen: slice) -> torch.Tensor:
-        packed = torch.empty(rows, chosen.stop - chosen.start, dtype=fake.dtype, device=fake.device)
+        packed = torch.empty(rows, chosen.stop - chosen.start, dtype=dtype, device=device)
         end = 0
         for fold in folds:
             start, end = end, end + fold.linear.out_features
@@ -168,24 +169,23 @@ def _packed_weight(folds: list[LinearFold]) -> FoldedTensor:
                 _fold_into(out, fold, weight, parameters, rotations, slice(first - start, last - start))
         return packed
 
-    return FoldedTensor(
-        _key("weight", folds), _paths(folds), (rows, columns), fake.dtype, fake.device, build, columns=some
-    )
+    return FoldedTensor(_key("weight", folds), _paths(folds), (rows, columns), dtype, device, build, columns=some)
 
 
 def _stacked_weight(fold: LinearFold) -> FoldedTensor:
     linear, fake = fold.linear, value(fold.linear.product)
     assert fake is not None
+    dtype, device = fake.dtype, fake.device
     shape = (linear.experts, linear.in_features, linear.out_features)
 
     def build(parameters: Parameters, rotations: Rotations) -> torch.Tensor:
-        stack = torch.empty(shape, dtype=fake.dtype, device=fake.device)
+        stack = torch.empty(shape, dtype=dtype, device=device)
         # one at a time: a whole stack in float64 would be four times the model's largest tensor
         for folded, weight in zip(stack, linear.weight.evaluate(parameters), strict=True):
             _fold_into(folded, fold, weight, parameters, rotations)
         return stack
 
-    return FoldedTensor(_key("stack", [fold]), _paths([fold]), shape, fake.dtype, fake.device, build)
+    return FoldedTensor(_key("stack", [fold]), _paths([fold]), shape, dtype, device, build)
 
 
 def _fold_into(
@@ -209,6 +209,7 @@ def _fold_into(
 def _packed_bias(folds: list[LinearFold]) -> FoldedTensor:
     fake = value(folds[0].linear.product)
     assert fake is not None
+    dtype, device = fake.dtype, fake.device
     columns = sum(fold.linear.out_features for fold in folds)
 
     def build(parameters: Parameters, rotations: Rotations) -> torch.Tensor:
@@ -223,9 +224,9 @@ def _packed_bias(folds: list[LinearFold]) -> FoldedTensor:
                     matrix(rotations, fold.write),
                 )
             )
-        return torch.cat(parts).to(fake.device, fake.dtype)
+        return torch.cat(parts).to(device, dtype)
 
-    return FoldedTensor(_key("bias", folds), _paths(folds), (columns,), fake.dtype, fake.device, build)
+    return FoldedTensor(_key("bias", folds), _paths(folds), (columns,), dtype, device, build)
 
 
 def _key(kind: str, folds: list[LinearFold]) -> str:

@@ -59,14 +59,15 @@ def rotate_node(editor: GraphEditor, change: BasisChange) -> OnlineRotation:
     node, start, end = change.source, change.start, change.end
     fake = value(node)
     assert fake is not None
+    dtype, device = fake.dtype, fake.device
     name = f"rotate {start or 'model'} -> {end or 'model'}"
 
     def build(_: Parameters, rotations: Rotations) -> torch.Tensor:
-        adapter = change_of_basis(matrix(rotations, start), matrix(rotations, end), precision(fake.dtype))
-        return adapter.to(fake.device, fake.dtype).contiguous()
+        adapter = change_of_basis(matrix(rotations, start), matrix(rotations, end), precision(dtype))
+        return adapter.to(device, dtype).contiguous()
 
     features = int(fake.shape[-1])
-    adapter = FoldedTensor(f"{name} {fake.dtype}", (), (features, features), fake.dtype, fake.device, build)
+    adapter = FoldedTensor(f"{name} {dtype}", (), (features, features), dtype, device, build)
     adapter_node = editor.folded_input(name, adapter)
     with editor.inserting_after(node):
         product = editor.call(f"{node.name}_rotated", aten.mm.default, editor.as_rows(node), adapter_node)
@@ -78,14 +79,15 @@ def _rotated_parameter(editor: GraphEditor, change: BasisChange) -> Node:
     expression = parameter_expression(change.source, editor.source)
     fake = value(change.source)
     assert expression is not None and fake is not None
+    dtype, device = fake.dtype, fake.device
 
     def build(parameters: Parameters, rotations: Rotations) -> torch.Tensor:
         adapter = change_of_basis(matrix(rotations, change.start), matrix(rotations, change.end))
         rotated = fold_weight(expression.evaluate(parameters), write=adapter)
-        return rotated.to(fake.device, fake.dtype).contiguous()
+        return rotated.to(device, dtype).contiguous()
 
     key = f"rotated {expression} {change.start} -> {change.end}"
-    folded = FoldedTensor(key, (expression.path,), tuple(map(int, fake.shape)), fake.dtype, fake.device, build)
+    folded = FoldedTensor(key, (expression.path,), tuple(map(int, fake.shape)), dtype, device, build)
     return editor.folded_input(f"rotated {expression.path}", folded)
 
 
@@ -93,12 +95,13 @@ def _ones(editor: GraphEditor, node: Node, basis: str) -> Node:
     """`1 Q`, [features], in the dtype of `node`."""
     fake = value(node)
     assert fake is not None
+    dtype, device = fake.dtype, fake.device
 
     def build(_: Parameters, rotations: Rotations) -> torch.Tensor:
-        return rotations[basis].double().sum(0).to(fake.device, fake.dtype)
+        return rotations[basis].double().sum(0).to(device, dtype)
 
-    key = f"ones in {basis} {fake.dtype}"
-    folded = FoldedTensor(key, (), (int(fake.shape[-1]),), fake.dtype, fake.device, build)
+    key = f"ones in {basis} {dtype}"
+    folded = FoldedTensor(key, (), (int(fake.shape[-1]),), dtype, device, build)
     return editor.folded_input(f"ones in {basis}", folded)
 
 

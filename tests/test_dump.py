@@ -101,9 +101,10 @@ def test_the_plan_the_drawing_and_the_timings_can_be_read(recipe: Recipe, tmp_pa
         "fold",
         "sparsify",
         "decode",
+        "rewrite again",
+        "eager",
         "fold weights",
         "self-check",
-        "eager",
     ]
     assert names == stages
 

@@ -88,6 +88,15 @@ def test_a_wrong_fold_leaves_its_site_dense(
     assert all(path in caplog.text for path in faulty)
 
 
+def test_a_wrong_fold_is_found_after_the_graph_was_compiled(
+    model: PreTrainedModel, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = "model.layers.0.mlp.up_proj.weight"
+    break_fold(monkeypatch, broken)
+    assert compiled_error(model, recipe, lowering="inductor") < 1e-5
+    assert set(dense_sites(model)) == {broken, broken.replace("up", "gate")}
+
+
 def test_two_wrong_folds(model: PreTrainedModel, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = [f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer, name in ((0, "v"), (1, "q"))]
     break_fold(monkeypatch, *broken)
