@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._inductor.config as inductor_config
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._guards import TracingContext
 
 import larosa_compile
 from larosa_compile import attempt
@@ -111,6 +112,8 @@ def test_what_is_folded_while_a_model_is_compiled_is_what_it_runs_on(
         )
         return compiled(input_ids=token_ids(1, 8), use_cache=False).logits
 
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # nothing goes on beside then
     expected = logits()
     by = list[str]()
     fold_one = FoldedWeights.fold_one
@@ -120,7 +123,6 @@ def test_what_is_folded_while_a_model_is_compiled_is_what_it_runs_on(
         return fold_one(self)
 
     monkeypatch.setattr(FoldedWeights, "fold_one", watched)
-    before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         torch.testing.assert_close(logits(release_originals=release), expected, rtol=0, atol=0)
@@ -129,6 +131,30 @@ def test_what_is_folded_while_a_model_is_compiled_is_what_it_runs_on(
     # the first is folded while Inductor is at work, which takes seconds
     assert by[0] == "larosa-beside"
     assert by[-1] == threading.current_thread().name
+
+
+@pytest.mark.parametrize("weights", ["model", "int8"])
+def test_folding_asks_no_fake_tensor_for_its_device(
+    recipe: Recipe, weights: str, fresh_compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is 'meta' for as long as another thread computes with fake tensors."""
+
+    @contextmanager
+    def while_fakes_are_computed_with(step: Any) -> Iterator[None]:
+        fake_mode: Any = TracingContext.get().fake_mode
+        fake_mode.in_kernel_invocation = True
+        try:
+            assert fake_mode.from_tensor(torch.empty(1)).device.type == "meta"
+            while step():
+                pass
+        finally:
+            fake_mode.in_kernel_invocation = False
+        yield
+
+    monkeypatch.setattr(attempt, "beside", while_fakes_are_computed_with)
+    options: Any = {"recipe": recipe, "weights": weights, "release_originals": True}
+    model = torch.compile(tiny_model("llama"), backend="larosa", options=options)
+    assert model(input_ids=token_ids(1, 8), use_cache=False).logits.isfinite().all()
 
 
 class _AtWorkError(Exception):
