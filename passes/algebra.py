@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from larosa_compile.passes.halves import halves, in_halves, twice
+from larosa_compile.passes.products import rotation_for
 
 Basis = str | None
 """Name of an orthogonal basis; None is the model's own."""
@@ -56,32 +56,29 @@ def fold_weight(
 ) -> torch.Tensor:
     """`Q_readᵀ diag(scale) W Q_write`; weight [in, out], scale [in] up to leading ones.
 
-    out: [in, out], where the result is rounded to, once; by default a new tensor in float64.
+    read, write: of which features come by falling energy. out: [in, out], where the result is rounded to, once but for
+    what `passes/products.py` says of bfloat16; by default a new tensor in float64.
     """
     if out is None:
         out = torch.empty(weight.shape, dtype=torch.float64, device=weight.device)
     wide = precision(out.dtype)
     factors = None if scale is None else scale.to(wide).reshape(-1, 1)
-    left = None if read is None else (read.to(wide) if factors is None else factors * read.to(wide)).T
-    right = None if write is None else write.to(wide)
-    if left is not None:
-        factors = None
-        if right is not None:
-            weight, left = left @ weight.to(wide), None
-    split = factors is None and in_halves(weight, out.dtype)
-    if left is not None:
-        left = halves(left, 1) if split else left
-        for columns in _slices(weight.shape[1]):
-            part = weight[:, columns]
-            out[:, columns] = left @ (twice(part, 0) if split else part.to(wide))
-        return out
-    if right is not None and split:
-        right = halves(right, 0)
+    if read is not None:
+        left = (read.to(wide) if factors is None else factors * read.to(wide)).T
+        if write is None:
+            rotation = rotation_for(left, weight.dtype, out.dtype)
+            for columns in _slices(weight.shape[1]):
+                rotation.before(weight[:, columns], out[:, columns])
+            return out
+        weight, factors = left @ weight.to(wide), None
+    dtype = weight.dtype if factors is None else wide
+    right = None if write is None else rotation_for(write.to(wide).T, dtype, out.dtype)
     for rows in _slices(weight.shape[0]):
-        part = weight[rows]
+        part = weight[rows] if factors is None else factors[rows] * weight[rows].to(wide)
         if right is not None:
-            part = (twice(part, 1) if split else part.to(wide)) @ right
-        out[rows] = part if factors is None else factors[rows] * part.to(wide)
+            right.after(part, out[rows])
+        else:
+            out[rows] = part
     return out
 
 

@@ -1,6 +1,6 @@
 """Rewrite 2: the weights of every site, folded and packed. Exact by itself.
 
-The scale and shift of a norm, and the rotations next to a site, move into its weight, in float64, rounded once:
+The scale and shift of a norm, and the rotations next to a site, move into its weight, more exactly than it is stored:
 
     read:  b ← b + s W,  W ← Qᵀ diag(g) W      write:  W ← W Q,  b ← b Q      (W is [in, out], y = x W + b; method:
     folds 1 to 3; x is the activation before scale g and shift s)

@@ -26,7 +26,7 @@ class FoldedTensor:
     """A weight computed from parameters and rotations, to be passed to the graph as an extra input.
 
     key: spells everything the value depends on but the parameters' contents and the recipe.
-    paths: the parameters it is made of. build: computes it in float64 and rounds once, to `dtype`. It holds no node and
+    paths: the parameters it is made of. build: computes it, more exactly than `dtype` holds it. It holds no node and
     no fake tensor: it may run while another thread compiles the graph, and a fake tensor is on 'meta' while that one
     asks it for a result.
     columns: some columns of a weight, as `build` makes all. source: the folded weight that this one is made of, by
