@@ -49,6 +49,8 @@ def attempted(captured: Captured, recipe: Recipe, config: Config, trace: Trace) 
         exact = attempt.exact
         if exact is None:
             return attempt
+        with trace.stage("fold weights"):
+            exact.weights.fold()
         with trace.stage("self-check"):
             fault = find_fault(captured, exact.captured, exact.rewritten, exact.weights.tensors, recipe)
         if fault is None or not choices:
@@ -66,7 +68,7 @@ def _attempt(
     choices: Mapping[str, SiteRecipe],
     faults: Sequence[Refusal],
 ) -> Attempt:
-    """Rewrites, compiles and folds. choices: the recipe's, without the sites at fault."""
+    """Rewrites and compiles; what there is no time to fold meanwhile is left. choices: without the sites at fault."""
     # a model whose weights were released was checked, or not, when they were folded
     checked = config.self_check and not any(map(is_released, captured.tensors.values()))
     # the check needs the originals
@@ -83,8 +85,6 @@ def _attempt(
     weights = (exact or read).weights
     with trace.stage(config.lowering), beside(weights.fold_one) if _leaves_time(captured, config) else nullcontext():
         compiled = compile_rewritten(read.captured, config)
-    with trace.stage("fold weights"):
-        weights.fold()
     return Attempt(read, exact, report, compiled)
 
 

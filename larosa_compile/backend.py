@@ -67,7 +67,7 @@ def _compile(captured: Captured, config: Config, started: float) -> Boxed:
     if attempt.is_sound:
         weights = attempt.read.weights
         with trace.stage("fold weights"):
-            # what the self-check ran on is still there: these are the same, or are made of them
+            # what is left; what the self-check ran on is still there: these are the same, or are made of them
             weights.fold()
         if config.release_originals:
             weights.release()

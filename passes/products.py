@@ -44,7 +44,7 @@ class _InHalves:
 
     `R = H + L`, each part rounded to bfloat16, keeps 16 bits of R's 24. `H W + L W` is then a product of bfloat16
     numbers: exact term by term, summed in float32, and rounded to 8 bits at its end. `L` takes as long as `H`, and
-    without it a folded weight errs √2 times as much as by its own rounding. That counts where the energy is, so
+    without it a folded weight errs √2 times as much as by its own rounding. That could count where the energy is, so
     only the leading features have it.
     """
 

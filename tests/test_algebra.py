@@ -109,18 +109,21 @@ def test_a_16_bit_weight_is_rounded_once(dtype: torch.dtype, sides: str, monkeyp
     assert (found.double() - exact).norm() <= 1.001 * rounding(exact, dtype)
 
 
-@pytest.mark.parametrize("sides", ["read", "write", "read, write", ""])
+@pytest.mark.parametrize("sides", ["read", "write"])
 def test_a_bfloat16_weight_is_as_exact_as_the_energy_of_its_features_asks(
     sides: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Multiplied in bfloat16, leading features are rounded once, the others err √2 times as much at the most."""
+    """Multiplied in bfloat16, leading features are rounded once, the others err √2 times as much."""
     monkeypatch.setattr(products, "_multiplies_bfloat16", lambda: True)
     found, exact = folded_and_exact(torch.bfloat16, sides, torch.rand(IN_SLICES) + 0.5 if sides == "read" else None)
     if sides == "write":
         found, exact = found.T, exact.T
     leading = -(-len(exact) // products.ONE_IN)
-    for part, bound in ((slice(0, leading), 1.001), (slice(leading, None), 1.5)):
-        assert (found[part].double() - exact[part]).norm() <= bound * rounding(exact[part], torch.bfloat16)
+    first, others = (
+        (found[part].double() - exact[part]).norm() / rounding(exact[part], torch.bfloat16)
+        for part in (slice(0, leading), slice(leading, None))
+    )
+    assert first <= 1.001 and 1.3 < others < 1.5
 
 
 def folded_and_exact(dtype: torch.dtype, sides: str, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
