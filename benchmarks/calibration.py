@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 import larosa_compile
 from benchmarks import assets, measure
-from benchmarks.perplexity import paired, windows_of
+from benchmarks.windows import halves_of, paired
 from larosa_compile.evaluation import next_token_losses, perplexity
 from larosa_compile.plots import MARKERS, SERIES, figure
 from larosa_compile.progress import progress_bar
@@ -44,14 +44,13 @@ def main() -> None:
     meta = measure.machine()
     out.print(measure.in_a_line(meta))
     model, tokenizer = assets.load_model(arguments.model, getattr(torch, arguments.dtype))
-    windows = {name: windows_of(name, tokenizer, arguments.context) for name in {*arguments.texts, *arguments.evaluate}}
-    held_out = {name: windows[name][len(windows[name]) // 2 :][: arguments.windows] for name in arguments.evaluate}
-    learnt = {name: windows[name][: len(windows[name]) // 2] for name in arguments.texts}
-    records: list[dict[str, Any]] = []
+    texts = halves_of((*arguments.texts, *arguments.evaluate), tokenizer, arguments.context)
+    learnt = {name: texts[name][0] for name in arguments.texts}
+    held_out = {name: texts[name][1][: arguments.windows] for name in arguments.evaluate}
     draws = list(itertools.product(arguments.texts, arguments.tokens, arguments.seeds))
-    for record in measured(model, learnt, held_out, draws, arguments.sparsity):
-        records.append({"model": arguments.model, "context": arguments.context} | record)
-        measure.write_so_far(arguments.json, meta, records)
+    found = measured(model, learnt, held_out, draws, arguments.sparsity)
+    described = {"model": arguments.model, "context": arguments.context}
+    records = measure.recorded(arguments.json, meta, described, found)
     out.print(table(records))
     if arguments.plot:
         arguments.plot.write_text(drawing(records), encoding="utf-8")

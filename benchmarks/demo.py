@@ -19,7 +19,8 @@ from transformers import CompileConfig, PreTrainedModel
 import larosa_compile
 from benchmarks import assets, measure
 from benchmarks.methods import Run
-from benchmarks.perplexity import Tokens, measured, paired, table
+from benchmarks.perplexity import Tokens, measured, table
+from benchmarks.windows import paired
 from larosa_compile.calibration import token_batches
 from larosa_compile.decoding import compare
 from larosa_compile.progress import progress_bar

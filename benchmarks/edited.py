@@ -12,10 +12,13 @@ from torch.fx import GraphModule, Interpreter, Node
 from transformers import PreTrainedModel
 
 from benchmarks import measure
+from benchmarks.windows import halves_of
 from larosa_compile.kernels import ops, reference
 from larosa_compile.passes.pipeline import Rewritten
 from larosa_compile.recipe import Recipe
 from larosa_compile.stepwise import compile_stepwise
+
+WIKI = "wiki"
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,20 @@ class _Editing(Interpreter):
         (x, weight, kept, *_), _ = self.fetch_args_kwargs_from_env(n)
         assert n.target is ops.sparse_linear
         return self._rule(Product(*self._sites[n], x, weight, kept))
+
+
+def described(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What all records of such a run have in common."""
+    return {"model": arguments.model, "context": arguments.context}
+
+
+def windows_for(
+    arguments: argparse.Namespace, tokenizer: Any, texts: Sequence[str] = (WIKI,)
+) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """Windows of wiki text to learn from, and of each text those to evaluate on."""
+    halves = halves_of((WIKI, *texts), tokenizer, arguments.context)
+    held_out = {name: halves[name][1][: arguments.windows] for name in texts}
+    return halves[WIKI][0][: arguments.calibration_windows], held_out
 
 
 def argument_parser(description: str | None, quick: str) -> argparse.ArgumentParser:

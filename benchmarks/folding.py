@@ -20,7 +20,7 @@ from torch import Tensor
 import larosa_compile
 from benchmarks import assets, edited, measure
 from benchmarks.edited import Edited
-from benchmarks.perplexity import paired, windows_of
+from benchmarks.windows import paired
 from larosa_compile import registry
 from larosa_compile.passes import products
 from larosa_compile.recipe import Recipe
@@ -36,16 +36,13 @@ def main() -> None:
     meta = measure.machine()
     out.print(measure.in_a_line(meta))
     exact, tokenizer = assets.load_model(arguments.model, torch.float32)
-    windows = windows_of("wiki", tokenizer, arguments.context)
-    learnt = windows[: arguments.calibration_windows]
-    held_out = windows[len(windows) // 2 :][: arguments.windows]
+    learnt, evaluated = edited.windows_for(arguments, tokenizer)
+    held_out = evaluated[edited.WIKI]
     wanted = [logits(exact, ids) for ids in held_out]
     recipe = larosa_compile.calibrate(exact, learnt, sparsity=0.0)
     del exact
-    records = []
-    for record in measured(arguments.model, recipe, held_out, wanted):
-        records.append({"model": arguments.model, "context": arguments.context} | record)
-        measure.write_so_far(arguments.json, meta, records)
+    found = measured(arguments.model, recipe, held_out, wanted)
+    records = measure.recorded(arguments.json, meta, edited.described(arguments), found)
     out.print(table(records))
 
 

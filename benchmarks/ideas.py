@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from benchmarks import assets, edited, likeness, measure
 from benchmarks.edited import Edited, Product
 from benchmarks.methods import Recipes
-from benchmarks.perplexity import paired, windows_of
+from benchmarks.windows import paired
 from larosa_compile import registry
 from larosa_compile.evaluation import next_token_losses, perplexity
 from larosa_compile.progress import progress_bar
@@ -41,13 +41,9 @@ def main() -> None:
     meta = measure.machine()
     out.print(measure.in_a_line(meta))
     model, tokenizer = assets.load_model(arguments.model, getattr(torch, arguments.dtype))
-    texts = {name: windows_of(name, tokenizer, arguments.context) for name in {"wiki", *arguments.text}}
-    learnt = texts["wiki"][: arguments.calibration_windows]
-    held_out = {name: texts[name][len(texts[name]) // 2 :][: arguments.windows] for name in arguments.text}
-    records = []
-    for record in measured(model, Recipes(model, learnt), held_out, arguments.sparsity):
-        records.append({"model": arguments.model, "context": arguments.context} | record)
-        measure.write_so_far(arguments.json, meta, records)
+    learnt, held_out = edited.windows_for(arguments, tokenizer, arguments.text)
+    found = measured(model, Recipes(model, learnt), held_out, arguments.sparsity)
+    records = measure.recorded(arguments.json, meta, edited.described(arguments), found)
     out.print(table(records))
 
 

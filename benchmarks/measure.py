@@ -9,6 +9,7 @@ import re
 import resource
 import statistics
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -105,6 +106,17 @@ def write_so_far(path: Path | None, meta: dict[str, Any], records: list[dict[str
         beside = path.with_name(path.name + ".tmp")
         write(beside, meta, records)
         beside.replace(path)
+
+
+def recorded(
+    path: Path | None, meta: dict[str, Any], described: dict[str, Any], found: Iterable[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What a run finds, each with what all have in common, written to a file as it comes."""
+    records: list[dict[str, Any]] = []
+    for record in found:
+        records.append(described | record)
+        write_so_far(path, meta, records)
+    return records
 
 
 def sparsity(text: str) -> float:

@@ -16,7 +16,6 @@ error over windows of the paired difference in nats per token: to dense, and to 
 import argparse
 import itertools
 import math
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from transformers import PreTrainedModel
 import larosa_compile
 from benchmarks import assets, measure, methods
 from benchmarks.methods import Run
-from larosa_compile.calibration import token_batches
+from benchmarks.windows import halves_of, in_turn, paired
 from larosa_compile.evaluation import next_token_losses, perplexity
 from larosa_compile.progress import progress_bar
 from larosa_compile.recipe import Recipe
@@ -79,13 +78,10 @@ def main() -> None:
     meta = measure.machine()
     out.print(measure.in_a_line(meta))
     model, tokenizer = assets.load_model(arguments.model, getattr(torch, arguments.dtype))
-    names = {*arguments.calibration, *arguments.text}
-    texts = {name: windows_of(name, tokenizer, arguments.context) for name in names}
-    reading = in_turn([texts[name][: len(texts[name]) // 2] for name in arguments.calibration])
+    texts = halves_of((*arguments.calibration, *arguments.text), tokenizer, arguments.context)
+    reading = in_turn([texts[name][0] for name in arguments.calibration])
     learnt, unread = reading[: arguments.calibration_windows], reading[arguments.calibration_windows :]
-    held_out = {
-        name: Tokens(texts[name][len(texts[name]) // 2 :][: arguments.windows], tokenizer) for name in arguments.text
-    }
+    held_out = {name: Tokens(texts[name][1][: arguments.windows], tokenizer) for name in arguments.text}
     recipes = methods.Recipes(model, learnt, unread[: arguments.search_windows], arguments.resume, arguments.recipes)
     tokens = len(learnt) * arguments.context
     described = {
@@ -93,10 +89,8 @@ def main() -> None:
         "context": arguments.context,
         "calibration": f"{' and '.join(arguments.calibration)}, {tokens} tokens",
     }
-    records = []
-    for record in measured(model, recipes.of, planned(arguments, recipes), held_out):
-        records.append(described | record)
-        measure.write_so_far(arguments.json, meta, records)
+    found = measured(model, recipes.of, planned(arguments, recipes), held_out)
+    records = measure.recorded(arguments.json, meta, described, found)
     for text in arguments.text:
         out.print(table([record for record in records if record["text"] == text]))
 
@@ -122,17 +116,6 @@ def planned(arguments: argparse.Namespace, recipes: methods.Recipes) -> list[Run
         elif abs(found - run.sparsity) >= NOTHING or arguments.equal_bytes == "only":
             equal.append(replace(run, sparsity=found, place=run.sparsity))
     return equal
-
-
-def windows_of(name: str, tokenizer: Any, context: int) -> list[torch.Tensor]:
-    """All whole windows `[1, context]` of one of our texts, or of a file."""
-    text = Path(name).read_text(encoding="utf-8") if Path(name).is_file() else assets.text(name)
-    return list(token_batches(text, tokenizer, context))
-
-
-def in_turn(texts: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
-    """A window of every text, then the next of every text, as long as all have one."""
-    return [window for windows in zip(*texts, strict=False) for window in windows]
 
 
 def measured(
@@ -202,12 +185,6 @@ def _scores(losses: list[float], dense: list[float], text: str, held_out: Tokens
         "loss_over_dense": mean,
         "loss_over_dense_error": error,
     }
-
-
-def paired(losses: list[float], base: list[float]) -> tuple[float, float]:
-    """Mean difference of two methods' losses on the same windows, and its standard error."""
-    differences = [loss - other for loss, other in zip(losses, base, strict=True)]
-    return statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
 
 
 def table(records: list[dict[str, Any]]) -> Table:

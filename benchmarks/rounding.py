@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 import larosa_compile
 from benchmarks import assets, edited, measure
 from benchmarks.edited import Edited, Product
-from benchmarks.perplexity import paired, windows_of
+from benchmarks.windows import paired
 from larosa_compile import registry
 from larosa_compile.evaluation import next_token_losses, perplexity
 from larosa_compile.kernels.formats import (
@@ -59,14 +59,10 @@ def main() -> None:
     meta = measure.machine()
     out.print(measure.in_a_line(meta))
     model, tokenizer = assets.load_model(arguments.model, getattr(torch, arguments.dtype))
-    windows = windows_of("wiki", tokenizer, arguments.context)
-    learnt = windows[: arguments.calibration_windows]
-    held_out = windows[len(windows) // 2 :][: arguments.windows]
+    learnt, held_out = edited.windows_for(arguments, tokenizer)
     recipe = larosa_compile.calibrate(model, learnt, sparsity=0.5)
-    records = []
-    for record in measured(model, recipe, learnt, held_out, arguments.weights, arguments.sparsities):
-        records.append({"model": arguments.model, "context": arguments.context} | record)
-        measure.write_so_far(arguments.json, meta, records)
+    found = measured(model, recipe, learnt, held_out[edited.WIKI], arguments.weights, arguments.sparsities)
+    records = measure.recorded(arguments.json, meta, edited.described(arguments), found)
     out.print(table(records))
 
 

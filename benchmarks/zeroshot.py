@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 import larosa_compile
 from benchmarks import assets, measure
 from benchmarks.local_tasks import write_tasks
-from benchmarks.perplexity import paired, windows_of
+from benchmarks.windows import paired, windows_of
 from larosa_compile.recipe import Recipe
 
 SPARSITIES = (0.4, 0.5)
@@ -46,14 +46,13 @@ def main() -> None:
     else:
         windows = windows_of(arguments.calibration, tokenizer, arguments.context)[: arguments.calibration_windows]
         recipe = larosa_compile.calibrate(model, windows, sparsity=0.5)
-    records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(task) for task in arguments.tasks if task.endswith(".json")]
         names = write_tasks(files, Path(folder)) + [task for task in arguments.tasks if not task.endswith(".json")]
         evaluation = Evaluation(tokenizer, names, Path(folder), arguments.limit, arguments.batch_size)
-        for record in measured(model, recipe, arguments.sparsities, evaluation):
-            records.append({"model": arguments.model, "calibration": recipe.calibration["tokens"]} | record)
-            measure.write_so_far(arguments.json, meta, records)
+        described = {"model": arguments.model, "calibration": recipe.calibration["tokens"]}
+        found = measured(model, recipe, arguments.sparsities, evaluation)
+        records = measure.recorded(arguments.json, meta, described, found)
     out.print(table(records))
 
 

@@ -10,8 +10,8 @@ from larosa_compile.beside import beside
 from larosa_compile.capture import Captured
 from larosa_compile.compiled import CompiledGraph, compile_rewritten
 from larosa_compile.config import Config
+from larosa_compile.copies import Copy, exact_copy, read_copy
 from larosa_compile.passes.graph import Refusal
-from larosa_compile.passes.pipeline import Observer, Rewritten, pack, rewrite
 from larosa_compile.recipe import Recipe
 from larosa_compile.released import is_released
 from larosa_compile.report import GraphReport, described, report_of
@@ -22,22 +22,13 @@ from larosa_compile.weights import FoldedWeights
 
 
 @dataclass(frozen=True)
-class Copy:
-    """A rewritten copy of a captured graph, with its weights."""
-
-    captured: Captured
-    rewritten: Rewritten
-    weights: FoldedWeights
-
-
-@dataclass(frozen=True)
 class Attempt:
-    """A graph rewritten and compiled. read: what was compiled, which takes a graph apart; exact: what was checked."""
+    """A graph rewritten and compiled. weights: what it reads; exact: what is checked, with its weights, if it is."""
 
-    read: Copy
-    exact: Copy | None
-    report: GraphReport
     compiled: CompiledGraph
+    weights: FoldedWeights
+    report: GraphReport
+    exact: tuple[Copy, FoldedWeights] | None
     is_sound: bool = True
 
 
@@ -46,13 +37,13 @@ def attempted(captured: Captured, recipe: Recipe, config: Config, trace: Trace) 
     choices, faults = dict(recipe.sites), list[Refusal]()
     while True:
         attempt = _attempt(captured, recipe, config, trace, choices, faults)
-        exact = attempt.exact
-        if exact is None:
+        if attempt.exact is None:
             return attempt
+        exact, weights = attempt.exact
         with trace.stage("fold weights"):
-            exact.weights.fold()
+            weights.fold()
         with trace.stage("self-check"):
-            fault = find_fault(captured, exact.captured, exact.rewritten, exact.weights.tensors, recipe)
+            fault = find_fault(captured, exact.captured, exact.rewritten, weights.tensors, recipe)
         if fault is None or not choices:
             return replace(attempt, is_sound=fault is None)
         faulty = fault.sites & choices.keys() or choices.keys()
@@ -73,35 +64,19 @@ def _attempt(
     checked = config.self_check and not any(map(is_released, captured.tensors.values()))
     # the check needs the originals
     release = config.release_originals and not checked
-    read = _copy(
-        captured, recipe, choices, trace.graph, pack_as=recipe.weights if recipe.packs else None, release=release
-    )
+    read = read_copy(captured, choices, recipe.weights, trace.graph)
+    weights = read.weights(recipe, release)
     exact = None
     if checked:
         with trace.stage("rewrite again"):
-            exact = _copy(captured, recipe, choices)
+            copy = exact_copy(captured, choices, recipe.weights)
+            exact = copy, copy.weights(recipe)
     trace.plan(read.rewritten.plan)
     report = report_of(read.rewritten, captured, described(recipe), faults, recipe.packs)
-    weights = (exact or read).weights
-    with trace.stage(config.lowering), beside(weights.fold_one) if _leaves_time(captured, config) else nullcontext():
+    first = exact[1] if exact else weights
+    with trace.stage(config.lowering), beside(first.fold_one) if _leaves_time(captured, config) else nullcontext():
         compiled = compile_rewritten(read.captured, config)
-    return Attempt(read, exact, report, compiled)
-
-
-def _copy(
-    captured: Captured,
-    recipe: Recipe,
-    choices: Mapping[str, SiteRecipe],
-    observe: Observer = lambda stage, graph: None,
-    pack_as: str | None = None,
-    release: bool = False,
-) -> Copy:
-    """In fewer bits, a vocabulary matrix is no table to look embeddings up in."""
-    own = captured.copy()
-    rewritten = rewrite(own.graph, choices, own.fake_mode, observe, share_tables=not recipe.packs)
-    if pack_as is not None:
-        rewritten = pack(own.graph, rewritten, pack_as, own.fake_mode, observe)
-    return Copy(own, rewritten, FoldedWeights(list(rewritten.folded.values()), own, recipe, release))
+    return Attempt(compiled, weights, report, exact)
 
 
 def _leaves_time(captured: Captured, config: Config) -> bool:

@@ -65,7 +65,7 @@ def _compile(captured: Captured, config: Config, started: float) -> Boxed:
     trace.report(attempt.report)
     registry.add_report(captured.tensors.values(), attempt.report)
     if attempt.is_sound:
-        weights = attempt.read.weights
+        weights = attempt.weights
         with trace.stage("fold weights"):
             # what is left; what the self-check ran on is still there: these are the same, or are made of them
             weights.fold()

@@ -10,9 +10,11 @@ from larosa_compile import registry
 from larosa_compile.allocation import Coefficients, allocate
 from larosa_compile.arguments import checked_sparsity
 from larosa_compile.capture import Boxed, Captured, boxed, capture, compile_alone
+from larosa_compile.copies import read_copy
 from larosa_compile.errors import OptionError
-from larosa_compile.passes.pipeline import facts_of, pack, rewrite
+from larosa_compile.passes.pipeline import facts_of
 from larosa_compile.recipe import Recipe
+from larosa_compile.recipe_checks import OWN_DTYPE
 from larosa_compile.report import GraphReport, described, report_of
 
 
@@ -72,11 +74,8 @@ def explain(
         else:
             planned = planned.renamed(recipe.locate(planned.shapes))
             choices, origin = dict(recipe.sites), described(recipe)
-        packs = recipe is not None and recipe.packs
-        rewritten = rewrite(planned.graph, choices, planned.fake_mode, share_tables=not packs)
-        if recipe is not None and packs:
-            rewritten = pack(planned.graph, rewritten, recipe.weights, planned.fake_mode)
-        graphs.append(report_of(rewritten, captured, origin, packs=packs))
+        read = read_copy(planned, choices, OWN_DTYPE if recipe is None else recipe.weights)
+        graphs.append(report_of(read.rewritten, captured, origin, packs=recipe is not None and recipe.packs))
         return boxed(lambda inputs: module(*inputs))
 
     def backend(graph: GraphModule, inputs: Sequence[Any]) -> Any:

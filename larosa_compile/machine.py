@@ -8,8 +8,15 @@ import torch
 
 from larosa_compile.decoding import Spread
 
-READ_BYTES = 256 * 2**20
-"""Larger than any last-level cache this is run on."""
+
+def last_level_cache_bytes(listed: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Of the largest cache that Linux lists for the first processor; 0 where none is."""
+    sizes = [file.read_text(encoding="ascii").strip() for file in listed.glob("index*/size")]
+    return max((int(size.removesuffix("K")) * 2**10 for size in sizes), default=0)
+
+
+READ_BYTES = max(256 * 2**20, 2 * last_level_cache_bytes())
+"""Of a buffer that no cache holds: shared ones of server processors have grown to hundreds of megabytes."""
 
 
 class Bandwidth:

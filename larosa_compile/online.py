@@ -17,16 +17,16 @@ from larosa_compile.capture import Boxed, Captured
 from larosa_compile.collection import Collection
 from larosa_compile.compiled import CompiledGraph, compile_rewritten, lower_dense
 from larosa_compile.config import Config
+from larosa_compile.copies import Copy, exact_copy, read_copy
 from larosa_compile.errors import OptionError
 from larosa_compile.moments import observe
 from larosa_compile.passes.graph import Refusal
-from larosa_compile.passes.pipeline import Rewritten, facts_of, pack, rewrite
+from larosa_compile.passes.pipeline import Rewritten, facts_of, rewrite
 from larosa_compile.recipe import Recipe
 from larosa_compile.recipe_checks import LAROSA, OWN_DTYPE
 from larosa_compile.report import described, report_of
 from larosa_compile.self_check import find_fault
 from larosa_compile.trace import Trace
-from larosa_compile.weights import FoldedWeights
 
 SPARSITY = 0.5
 """Nominal sparsity of what is learnt, where no option says another."""
@@ -75,29 +75,22 @@ def compile_online(captured: Captured, config: Config, started: float) -> Boxed:
             sparsity,
         )
     observe(facts, choices, collection.add, *filter(None, (observing.attention_mask,)))
-    trace, packs = Trace(config.dump, started), config.weights not in (None, OWN_DTYPE)
-    attempt = captured.copy()
-    rewritten = rewrite(attempt.graph, choices, captured.fake_mode, trace.graph, not packs)
-    # another one, as compiling erases and rewrites what the check at the switch still needs
-    final = captured.copy()
-    read = rewrite(final.graph, choices, captured.fake_mode, share_tables=not packs)
-    if config.weights is not None and packs:
-        read = pack(final.graph, read, config.weights, captured.fake_mode, trace.graph)
+    trace, weights = Trace(config.dump, started), config.weights or OWN_DTYPE
+    exact, read = exact_copy(captured, choices, weights), read_copy(captured, choices, weights, trace.graph)
     with trace.stage(config.lowering):
-        compiled = compile_rewritten(final, config)
-    trace.plan(read.plan)
+        compiled = compile_rewritten(read.captured, config)
+    trace.plan(read.rewritten.plan)
     trace.generated(compiled.run)
-    parts = _Parts(captured, attempt, rewritten, read, compiled, trace)
+    parts = _Parts(captured, exact, read.rewritten, compiled, trace)
     return _SwitchingGraph(collection, observing, parts, config)
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a switch needs. rewritten: `attempt`, which is checked; read: what was compiled, perhaps in fewer bits."""
+    """What a switch needs. exact: what is checked; read: how what was compiled was rewritten, perhaps in fewer bits."""
 
     captured: Captured
-    attempt: Captured
-    rewritten: Rewritten
+    exact: Copy
     read: Rewritten
     compiled: CompiledGraph
     trace: Trace
@@ -130,15 +123,15 @@ class _SwitchingGraph:
         """What the graph is from now on; dense, should the check find that it computes something else."""
         assert self._parts is not None
         parts, self._parts = self._parts, None
-        trace, recipe = parts.trace, self._config.applied_to(recipe)
+        exact, trace, recipe = parts.exact, parts.trace, self._config.applied_to(recipe)
         faults, checked = list[Refusal](), None
         if self._config.self_check:
             with trace.stage("fold weights"):
-                checked = FoldedWeights(list(parts.rewritten.folded.values()), parts.attempt, recipe).fold()
+                checked = exact.weights(recipe).fold()
             met = replace(parts.captured, inputs=list(inputs))
             with trace.stage("self-check"):
-                fault = find_fault(met, parts.attempt, parts.rewritten, checked.tensors, recipe)
-            sites = {linear.path for site in parts.rewritten.sites for linear in site.site.linears}
+                fault = find_fault(met, exact.captured, exact.rewritten, checked.tensors, recipe)
+            sites = {linear.path for site in exact.rewritten.sites for linear in site.site.linears}
             faults = [Refusal(path, fault.reason) for path in sorted(sites)] if fault else []
         read = parts.read
         if faults:
@@ -154,8 +147,9 @@ class _SwitchingGraph:
         trace.done(report)
         if faults:
             return lower_dense(parts.captured, replace(self._config, lowering="eager"))
-        # the weights that were `checked`, if they were, are still there: these are the same, or are made of them
-        weights = FoldedWeights(list(read.folded.values()), parts.attempt, recipe).fold()
+        # the weights that were `checked`, if they were, are still there: these are the same, or are made of them. The
+        # graph that reads them was taken apart when it was compiled, hence the other one.
+        weights = Copy(exact.captured, read).weights(recipe).fold()
         return parts.compiled.with_weights(weights, self._config)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import larosa_compile
-from benchmarks import demo, measure, methods, online
+from benchmarks import demo, measure, methods, online, windows
 from benchmarks import perplexity as table
 from larosa_compile import decoding, machine
 from larosa_compile.decoding import Spread
@@ -43,6 +43,15 @@ def test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert datetime.date.fromisoformat(meta["date"])
     assert meta["bandwidth_gb_s"] > 0
     assert all(isinstance(meta[name], str) and meta[name] for name in ("device", "cpu_capability", "commit"))
+
+
+def test_bandwidth_is_that_of_memory_and_not_of_a_cache(tmp_path: Path) -> None:
+    for index, size in enumerate(("48K", "2048K", "491520K")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n", encoding="ascii")
+    assert machine.last_level_cache_bytes(tmp_path) == 480 * 2**20
+    assert machine.last_level_cache_bytes(tmp_path / "none") == 0
+    assert max(machine.last_level_cache_bytes() * 2, 2**28) == machine.READ_BYTES
 
 
 def test_a_file_holds_meta_and_records(tmp_path: Path) -> None:
@@ -199,9 +208,9 @@ def test_bits_per_byte() -> None:
 def test_several_texts_are_calibrated_on_in_turn() -> None:
     """As many windows of each, up to the end of the shortest; one text as it is."""
     first, second = [[token_ids(1, 8, seed=10 * text + index) for index in range(3)] for text in (1, 2)]
-    assert list(map(id, table.in_turn([first, second[:2]]))) == list(
+    assert list(map(id, windows.in_turn([first, second[:2]]))) == list(
         map(id, [first[0], second[0], first[1], second[1]])
     )
-    assert list(map(id, table.in_turn([first]))) == list(map(id, first))
+    assert list(map(id, windows.in_turn([first]))) == list(map(id, first))
     assert table.parsed(["--calibration", "wiki", "c4"]).calibration == ["wiki", "c4"]
     assert table.parsed([]).calibration == ["wiki"]
