@@ -200,6 +200,8 @@ class PackedGemvTemplate(SparseGemvTemplate):
             "weight_type": "float",
             # products of bfloat16 numbers are exact only where x is made of them
             "pairs": self.form.bits == 4 and self.layout.dtype == torch.bfloat16,
+            # few bits an entry: several of one size are whole numbers of 16 bits
+            "short": self.layout.dtype.itemsize == 2,
         }
 
 

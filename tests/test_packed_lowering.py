@@ -29,7 +29,8 @@ def assert_is_product(y: Tensor, x: Tensor, weight: Tensor, k: int | None) -> No
     expected, size = kept @ weight.double(), kept.abs() @ weight.double().abs()
     assert y.shape == expected.shape
     # codes of 4 bits are multiplied with an offset of up to 136, which comes off again
-    bound = EPSILON[y.dtype] * expected.abs() + 2.0**-18 * size + kept.abs().amax() * 2.0**-18
+    rounding = EPSILON[y.dtype] * expected.abs().clamp(min=torch.finfo(y.dtype).smallest_normal)
+    bound = rounding + 2.0**-18 * size + kept.abs().amax() * 2.0**-18
     assert bool(((y.double() - expected).abs() <= bound).all())
 
 
@@ -98,6 +99,32 @@ def test_narrower_vectors_or_none(form: WeightFormat, build: str, monkeypatch: p
     meant = unpack(packed, features, columns, form)
     assert_is_product(one, x[:1], meant, k)
     assert_is_product(many, x.repeat(5, 1), meant.bfloat16(), k)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("build", ["widest", "avx2"])
+def test_entries_far_apart_and_no_numbers(form: WeightFormat, dtype: torch.dtype, build: str) -> None:
+    """Entries that are no whole numbers of one unit, and such as have none: sums are of the same exactness."""
+    features, columns = 150, 130
+    packed = pack(torch.randn(features, columns), form)
+    meant = unpack(packed, features, columns, form)
+    compiled = products(form, columns, (None,))
+    tiny, large = torch.finfo(dtype).smallest_normal / 4, 2.0**13 if dtype == torch.float16 else 1e33
+    x = torch.randn(1, features).to(dtype)
+    rows = {
+        "zero": torch.zeros_like(x),
+        "far apart": torch.where(torch.arange(features) % 5 == 1, x * 2**10, x),
+        "below the normal range": x * tiny,
+        "large": torch.where(torch.arange(features) == 77, torch.tensor(large, dtype=dtype), x),
+    }
+    with inductor_config.patch({"cpp.simdlen": 256} if build == "avx2" else {}):
+        for row in rows.values():
+            assert_is_product(compiled(row, packed)[0], row, meant, None)
+        for special in (torch.nan, torch.inf):
+            row = torch.where(torch.arange(features) == 140, torch.tensor(special, dtype=dtype), x)
+            y = compiled(row, packed)[0]
+            assert not y[0, meant[140] != 0].isfinite().any()
 
 
 @EACH
