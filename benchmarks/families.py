@@ -46,6 +46,7 @@ SIZES: dict[str, int] = {
         (36, "q_lora_rank o_lora_rank"),
         (28, "kv_lora_rank"),
         (160, "vocab_size decoder_vocab_size vocab_size_per_layer_input shape_vocab_size pronunciation_vocab_size"),
+        (156, "unpadded_vocab_size"),
         (128, "max_position_embeddings n_positions max_seq_len n_ctx model_max_length"),
         (2, "num_hidden_layers n_layer n_layers num_layers num_blocks depth"),
         (2, "encoder_layers decoder_layers num_encoder_layers num_decoder_layers"),

@@ -138,6 +138,12 @@ OVERRIDES: dict[str, Overrides] = {
         "head_dim": 32,  # an eighth of it is rotated
     },
     "doge": {"keep_window_size": 6},
+    "dory": {  # the first layer and the last are run once, those between them twice
+        "layer_types": SLIDING_FULL * 2,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+    },
     "dots1": {"n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots3_note": {
         "text_config": DOTS3_TEXT,
@@ -184,6 +190,13 @@ OVERRIDES: dict[str, Overrides] = {
     "granitemoeshared": GRANITE | {"shared_intermediate_size": 56},
     "helium": {"head_dim": 16},  # a quarter of the hidden size whatever the config says
     "hunyuan_v1_moe": {"num_experts": 6, "moe_topk": 2},
+    "inkling2_loop_text": {  # two layers that are run once, two that are run three times
+        "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+        "n_layers_per_attn_res_block": 2,
+        "loop_layer_index_start": 2,
+        "loop_layer_index_end": 4,
+        "loop_gate_rank": 24,
+    },
     "inkling2_text": {"layer_types": ["hybrid_sliding", "hybrid"] * 2, "n_layers_per_attn_res_block": 2},
     "inkling_text": {
         "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"],
