@@ -27,7 +27,7 @@ from torch._inductor.select_algorithm import realize_inputs
 from torch._inductor.utils import has_free_symbols, parallel_num_threads
 from torch._inductor.virtualized import V
 
-from larosa_compile.kernels import heuristics, ops, triton_heuristics, triton_lowering, triton_unpack
+from larosa_compile.kernels import heuristics, ops, triton_lowering, triton_unpack
 from larosa_compile.kernels.cpp_attention import AttendTemplate, spelled_out
 from larosa_compile.kernels.cpp_gemm import GemmTemplate, PackedGemmTemplate, multiplies_pairs
 from larosa_compile.kernels.cpp_templates import (
@@ -39,7 +39,7 @@ from larosa_compile.kernels.cpp_templates import (
     output_of,
 )
 from larosa_compile.kernels.formats import format_of
-from larosa_compile.kernels.support import refusal_reason
+from larosa_compile.kernels.support import refusal_reason, skips_weights
 from larosa_compile.kernels.triton_threshold import MAX_FEATURES
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -98,13 +98,10 @@ def _has_gemm(x: ir.TensorBox) -> bool:
 
 
 def _has_few_rows(x: ir.TensorBox, k: int | None) -> bool:
-    """Whether a product of these rows has a kernel that skips weights, and is better off with it."""
+    """Whether a product of these rows has a kernel that skips weights."""
     rows, features = x.get_size()
-    if has_free_symbols([rows]):
-        return False
-    if _on_cpu(x):
-        return int(rows) <= heuristics.MAX_GEMV_ROWS
-    return int(rows) <= triton_heuristics.max_gemv_rows(int(features), k or int(features))
+    known = None if has_free_symbols([rows]) else int(rows)
+    return skips_weights(x.get_device_or_error(), known, int(features), k or int(features))
 
 
 def _is_output_major(weight_t: ir.TensorBox) -> bool:

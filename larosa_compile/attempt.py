@@ -64,12 +64,12 @@ def _attempt(
     checked = config.self_check and not any(map(is_released, captured.tensors.values()))
     # the check needs the originals
     release = config.release_originals and not checked
-    read = read_copy(captured, choices, recipe.weights, trace.graph)
+    read = read_copy(captured, choices, recipe.weights, trace.graph, config.dense_prompts)
     weights = read.weights(recipe, release)
     exact = None
     if checked:
         with trace.stage("rewrite again"):
-            copy = exact_copy(captured, choices, recipe.weights)
+            copy = exact_copy(captured, choices, recipe.weights, dense_prompts=config.dense_prompts)
             exact = copy, copy.weights(recipe)
     trace.plan(read.rewritten.plan)
     report = report_of(read.rewritten, captured, described(recipe), faults, recipe.packs)

@@ -14,6 +14,7 @@ from larosa_compile.recipe import Recipe
 from larosa_compile.recipe_checks import METHODS, WEIGHTS
 
 Lowering: TypeAlias = Literal["inductor", "eager"]
+Prompts: TypeAlias = Literal["sparse", "dense"]
 
 DUMP_VARIABLE = "LAROSA_DUMP"
 """Environment variable that stands in for the option `dump`."""
@@ -24,6 +25,7 @@ OPTIONS = (
     "dump",
     "lowering",
     "method",
+    "prompts",
     "recipe",
     "release_originals",
     "self_check",
@@ -84,6 +86,9 @@ class Config:
         self_check: compare every rewritten graph with the model, nothing dropped, before it is used. The check needs
             both sets of weights at once, so with `release_originals` it is off unless asked for.
         weights: the format of the sites' weights; None is what the recipe says.
+        prompts: "dense" drops nothing where so many tokens are processed at once that all weights are read anyway, on
+            CPUs more than eight: that costs no time, and what is decoded after it loses less. "sparse" makes every
+            token as sparse as the recipe says, which is what perplexity of whole texts is measured with.
         method: what the recipe has to have been made by; None is any. "dense" drops nothing and needs no recipe: what
             this backend does besides, to compare with.
         recipe_file: the file that `recipe` was read from, if it was.
@@ -98,10 +103,15 @@ class Config:
     release_originals: bool = False
     self_check: bool = True
     weights: str | None = None
+    prompts: Prompts = "sparse"
     method: str | None = None
     recipe_file: "RecipeFile | None" = None
     sparsity: float | None = None
     calibration_tokens: int = CALIBRATION_TOKENS
+
+    @property
+    def dense_prompts(self) -> bool:
+        return self.prompts == "dense"
 
     @classmethod
     def from_options(cls, options: Mapping[str, object] | None = None) -> "Config":
@@ -130,6 +140,7 @@ class Config:
             release_originals=release,
             self_check=_flag("self_check", options.get("self_check", not release)),
             weights=None if options.get("weights") is None else _one_of("weights", options["weights"], WEIGHTS),
+            prompts=cast(Prompts, _one_of("prompts", options.get("prompts", "sparse"), get_args(Prompts))),
             method=None if options.get("method") is None else _one_of("method", options["method"], METHODS),
             recipe_file=RecipeFile.of(options.get("recipe")),
             sparsity=None if sparsity is None else checked_sparsity("option 'sparsity'", sparsity),

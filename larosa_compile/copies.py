@@ -28,14 +28,15 @@ def exact_copy(
     choices: Mapping[str, SiteChoice],
     weights: str,
     observe: Observer = lambda stage, graph: None,
+    dense_prompts: bool = False,
 ) -> Copy:
     """What is checked: as the graph for a format of weights, but not packed.
 
-    choices: parameter path -> what the recipe says of that site. weights: a recipe's.
+    choices: parameter path -> what the recipe says of that site. weights: a recipe's. dense_prompts: see `make_plan`.
     """
     own = captured.copy()
     # in fewer bits, a vocabulary matrix is no table to look embeddings up in
-    return Copy(own, rewrite(own.graph, choices, own.fake_mode, observe, share_tables=weights == OWN_DTYPE))
+    return Copy(own, rewrite(own.graph, choices, own.fake_mode, observe, weights == OWN_DTYPE, dense_prompts))
 
 
 def read_copy(
@@ -43,9 +44,10 @@ def read_copy(
     choices: Mapping[str, SiteChoice],
     weights: str,
     observe: Observer = lambda stage, graph: None,
+    dense_prompts: bool = False,
 ) -> Copy:
     """What is compiled: packed, where a recipe asks for fewer bits. Arguments are those of `exact_copy`."""
-    exact = exact_copy(captured, choices, weights, observe)
+    exact = exact_copy(captured, choices, weights, observe, dense_prompts)
     if weights == OWN_DTYPE:
         return exact
     own = exact.captured

@@ -76,7 +76,8 @@ def compile_online(captured: Captured, config: Config, started: float) -> Boxed:
         )
     observe(facts, choices, collection.add, *filter(None, (observing.attention_mask,)))
     trace, weights = Trace(config.dump, started), config.weights or OWN_DTYPE
-    exact, read = exact_copy(captured, choices, weights), read_copy(captured, choices, weights, trace.graph)
+    exact = exact_copy(captured, choices, weights, dense_prompts=config.dense_prompts)
+    read = read_copy(captured, choices, weights, trace.graph, config.dense_prompts)
     with trace.stage(config.lowering):
         compiled = compile_rewritten(read.captured, config)
     trace.plan(read.rewritten.plan)

@@ -47,16 +47,18 @@ def rewrite(
     fake_mode: FakeTensorMode,
     observe: Observer = lambda stage, graph: None,
     share_tables: bool = True,
+    dense_prompts: bool = False,
 ) -> Rewritten:
     """Runs every pass but the last on `graph` in place.
 
-    choices: parameter path -> what the recipe says of that site. share_tables: see `make_plan`.
+    choices: parameter path -> what the recipe says of that site. share_tables, dense_prompts: see
+    `make_plan`.
     """
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     observe("input", graph.graph)
     facts = facts_of(graph, fake_mode)
     observe("analyse", graph.graph)
-    plan = make_plan(facts, choices, share_tables)
+    plan = make_plan(facts, choices, share_tables, dense_prompts)
     observe("plan", graph.graph)
     editor = GraphEditor(graph, fake_mode)
 

@@ -9,12 +9,12 @@ from typing import Protocol
 
 from torch.fx import Node
 
-from larosa_compile.kernels.support import refusal_reason
+from larosa_compile.kernels.support import refusal_reason, skips_weights
 from larosa_compile.passes.algebra import Basis
 from larosa_compile.passes.analysis import GraphFacts
 from larosa_compile.passes.bases import BasisChange, Place, assign_bases
 from larosa_compile.passes.gates import Gate, find_gate
-from larosa_compile.passes.graph import Refusal, value
+from larosa_compile.passes.graph import Refusal, rows, value
 from larosa_compile.passes.linears import ActivationGroup, Linear
 from larosa_compile.passes.parameters import looked_up_parameter
 from larosa_compile.passes.selection import EVERY_ROW, GATE, Selection
@@ -103,10 +103,13 @@ def kept_features(sparsity: float, features: int) -> int:
     return max(1, round((1 - sparsity) * features))
 
 
-def make_plan(facts: GraphFacts, choices: Mapping[str, SiteChoice], share_tables: bool = True) -> Plan:
+def make_plan(
+    facts: GraphFacts, choices: Mapping[str, SiteChoice], share_tables: bool = True, dense_prompts: bool = False
+) -> Plan:
     """Applies a recipe's choices to one graph. A site without a choice stays dense, with the reason.
 
-    share_tables: embeddings tied to a head look rows up in its folded weight.
+    share_tables: embeddings tied to a head look rows up in its folded weight. dense_prompts: products of so many rows
+    that they read all weights anyway drop nothing.
     """
     sites: list[Site] = []
     refusals = list(facts.refusals)
@@ -122,7 +125,8 @@ def make_plan(facts: GraphFacts, choices: Mapping[str, SiteChoice], share_tables
                 refusals.append(Refusal(linear.path, reason or _NO_SITE))
                 continue
             selection = Selection(choice.selection, choice.threshold)
-            members.setdefault((choice.sparsity, choice.basis, choice.kind == HEAD, selection), []).append(linear)
+            sparsity = 0.0 if dense_prompts and _reads_all(linear, choice) else choice.sparsity
+            members.setdefault((sparsity, choice.basis, choice.kind == HEAD, selection), []).append(linear)
         for (sparsity, basis, is_head, selection), linears in members.items():
             part = ActivationGroup(tuple(linears))
             kept = kept_features(sparsity, group.features)
@@ -153,6 +157,13 @@ def _refuse(
     fake = value(linear.product)
     assert fake is not None
     return refusal_reason(fake.device, fake.dtype)
+
+
+def _reads_all(linear: Linear, choice: SiteChoice) -> bool:
+    count, fake = rows(linear.activation), value(linear.product)
+    assert fake is not None
+    kept = kept_features(choice.sparsity, linear.in_features)
+    return not skips_weights(fake.device, count if isinstance(count, int) else None, linear.in_features, kept)
 
 
 def _lookups(linears: list[Linear], facts: GraphFacts) -> tuple[Node, ...]:

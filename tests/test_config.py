@@ -69,8 +69,8 @@ def test_dump_variable_is_the_default_only(monkeypatch: pytest.MonkeyPatch, tmp_
     [
         (
             {"lowring": "eager"},
-            "unknown option 'lowring'; expected one of 'calibration_tokens', 'dump', 'lowering', 'method', 'recipe', "
-            "'release_originals', 'self_check', 'sparsity', 'weights'; did you mean 'lowering'",
+            "unknown option 'lowring'; expected one of 'calibration_tokens', 'dump', 'lowering', 'method', 'prompts', "
+            "'recipe', 'release_originals', 'self_check', 'sparsity', 'weights'; did you mean 'lowering'",
         ),
         (
             {"rotation": "layer"},

@@ -85,6 +85,17 @@ def test_sparsity_zero_is_exact(
     assert relative_error(found, expected) < 1e-4
 
 
+def test_a_dense_prompt_is_exact_at_any_sparsity(
+    fresh: None, loaded: tuple[PreTrainedModel, Any], recipe: Recipe, windows: list[torch.Tensor]
+) -> None:
+    model, _ = loaded
+    options = {"recipe": recipe, "prompts": "dense", "lowering": "eager"}
+    fast = torch.compile(model, backend="larosa", options=options)
+    with torch.no_grad():
+        expected = model(input_ids=windows[-1], use_cache=False).logits
+        assert relative_error(fast(input_ids=windows[-1], use_cache=False).logits, expected) < 1e-4
+
+
 def test_most_short_sequences_equal_the_simulation(
     fresh: None, loaded: tuple[PreTrainedModel, Any], recipe: Recipe, windows: list[torch.Tensor]
 ) -> None:
