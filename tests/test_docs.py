@@ -52,8 +52,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the guides take for granted: a model, texts, a recipe."""
     folder = tmp_path_factory.mktemp("docs")
     save_tiny_model(folder / "tiny", chat=True)
-    for name, seed in (("text.txt", 0), ("held-out.txt", 1)):
-        (folder / name).write_text(some_text(400, seed))
+    # a search measures on one piece of what is held out and checks on another
+    for name, words, seed in (("text.txt", 400, 0), ("held-out.txt", 1200, 1)):
+        (folder / name).write_text(some_text(words, seed))
     recipe = folder / PLACEHOLDERS["RECIPE"]
     arguments = [folder / "tiny", "--text", folder / "text.txt", "--tokens", 128, "--context", 32, "-o", recipe]
     assert CliRunner().invoke(app, ["calibrate", *map(str, arguments)]).exit_code == 0
