@@ -18,7 +18,7 @@ import larosa_compile
 from benchmarks import assets
 from larosa_compile.caches import CACHE
 from larosa_compile.calibration import token_batches
-from larosa_compile.evaluation import next_token_losses, perplexity
+from larosa_compile.evaluation import next_token_losses
 from larosa_compile.recipe import Recipe
 from tests.support.models import relative_error
 from tests.support.simulation import simulated
@@ -118,10 +118,13 @@ def test_sparse_perplexity_equals_the_simulation(
     model, tokenizer = loaded
     held_out = list(token_batches(assets.text("wiki"), tokenizer, 1024))[-64:]
     with simulated(model, recipe):
-        expected = perplexity(next_token_losses(model, held_out))
-    found = perplexity(next_token_losses(compiled(model, recipe), held_out))
-    print(f"perplexity: simulation {expected:.3f}, backend {found:.3f}, ratio {found / expected:.5f}")
-    assert abs(found / expected - 1) < 0.005
+        expected = torch.tensor(next_token_losses(model, held_out))
+    found = torch.tensor(next_token_losses(compiled(model, recipe), held_out))
+    difference, error = found - expected, float((found - expected).std()) / len(held_out) ** 0.5
+    print(f"backend over simulation: {difference.mean():+.4f} ± {error:.4f} nats")
+    # by chance they part anew in every window, so the mean says whether one is worse, as far as its error lets it
+    assert error < 0.004
+    assert abs(difference.mean()) < 3 * error
 
 
 @pytest.mark.slow
