@@ -2,7 +2,8 @@
 
 sparse_linear, CPU, a few rows  -> SparseGemvTemplate, which never reads a weight row that all of them drop
                   , one row     -> DotGemvTemplate where nothing is dropped and the weight is stored output-major
-                  , more rows   -> SparsifyTemplate, then GemmTemplate, or Inductor's own mm over the same weight
+                  , more rows   -> SparsifyTemplate, then GemmTemplate, or Inductor's own mm over the same weight, in
+                                   float32 where 16 bits are slow (`half.py`)
                   , k = None    -> the same kernels, with no selection of their own
 sparsify, CPU                   -> SparsifyTemplate
 keep_above, any device          -> Inductor's own operations, fused into what makes x
@@ -27,7 +28,7 @@ from torch._inductor.select_algorithm import realize_inputs
 from torch._inductor.utils import has_free_symbols, parallel_num_threads
 from torch._inductor.virtualized import V
 
-from larosa_compile.kernels import heuristics, ops, triton_lowering, triton_unpack
+from larosa_compile.kernels import half, heuristics, ops, triton_lowering, triton_unpack
 from larosa_compile.kernels.cpp_attention import AttendTemplate, spelled_out
 from larosa_compile.kernels.cpp_gemm import GemmTemplate, PackedGemmTemplate, multiplies_pairs
 from larosa_compile.kernels.cpp_templates import (
@@ -97,6 +98,21 @@ def _has_gemm(x: ir.TensorBox) -> bool:
     return _on_cpu(x) and x.get_dtype() == torch.bfloat16 and int(x.get_size()[1]) % 2 == 0 and multiplies_pairs()
 
 
+def _is_slow(x: ir.TensorBox) -> bool:
+    return _on_cpu(x) and half.is_slow(x.get_dtype())
+
+
+def _mm(x: ir.TensorBox, weight_t: ir.TensorBox, dtype: torch.dtype) -> ir.TensorBox:
+    """Inductor's own product, of numbers of this dtype, in the dtype of x."""
+
+    def in_dtype(made: ir.TensorBox, dtype: torch.dtype) -> ir.TensorBox:
+        # to its own dtype it would be a copy, which is no input of a product but something to fuse
+        converted: Callable[..., ir.TensorBox] = lowerings[prims.convert_element_type.default]
+        return made if made.get_dtype() == dtype else converted(made, dtype)
+
+    return in_dtype(lowerings[aten.mm.default](in_dtype(x, dtype), in_dtype(weight_t, dtype)), x.get_dtype())
+
+
 def _has_few_rows(x: ir.TensorBox, k: int | None) -> bool:
     """Whether a product of these rows has a kernel that skips weights."""
     rows, features = x.get_size()
@@ -146,8 +162,7 @@ def lower_sparse_linear(x: ir.TensorBox, weight_t: ir.TensorBox, k: int | None) 
         inputs = [_contiguous(kept), _contiguous(weight_t)]
         layout = ir.FixedLayout(x.get_device_or_error(), x.get_dtype(), [x.get_size()[0], weight_t.get_size()[1]])
         return output_of(GemmTemplate(inputs, layout, parallel_num_threads()))
-    product: ir.TensorBox = lowerings[torch.ops.aten.mm.default](kept, weight_t)
-    return product
+    return _mm(kept, weight_t, torch.float32 if _is_slow(x) and not _is_output_major(weight_t) else x.get_dtype())
 
 
 @register_lowering(ops.sparse_linear_packed, type_promotion_kind=None)
@@ -166,8 +181,9 @@ def lower_sparse_linear_packed(
         if _has_gemm(x):
             layout = ir.FixedLayout(device, dtype, [x.get_size()[0], columns])
             return output_of(PackedGemmTemplate([_contiguous(_selected(x, k)), stored], layout, threads, meaning))
-        layout = ir.FixedLayout(device, dtype, [features, columns])
-        return lower_sparse_linear(x, output_of(UnpackTemplate(stored, layout, threads, meaning)), k)
+        wide = torch.float32 if _is_slow(x) else dtype
+        layout = ir.FixedLayout(device, wide, [features, columns])
+        return _mm(_selected(x, k), output_of(UnpackTemplate(stored, layout, threads, meaning)), wide)
     if not _on_cpu(x):
         return triton_lowering.packed_gemv(x, stored, k, columns, meaning)
     layout = ir.FixedLayout(device, dtype, [int(x.get_size()[0]), columns])

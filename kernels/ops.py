@@ -17,7 +17,7 @@ dropped 0 meets an infinite weight (and makes NaN) is left open.
 import torch
 from torch import Tensor
 
-from larosa_compile.kernels import reference
+from larosa_compile.kernels import half, reference
 from larosa_compile.kernels.formats import format_of
 
 # A Library object rather than `custom_op`: no Python autograd wrapper stands in the eager call. It must stay
@@ -48,7 +48,7 @@ def _keep_above(x: Tensor, threshold: float, relative: bool) -> Tensor:
 
 
 def _sparse_linear(x: Tensor, weight_t: Tensor, k: int | None) -> Tensor:
-    return x @ weight_t if k == x.shape[1] else reference.sparse_linear(x, weight_t, k)
+    return half.product(x, weight_t) if k == x.shape[1] else reference.sparse_linear(x, weight_t, k)
 
 
 def _sparse_linear_packed(x: Tensor, packed: Tensor, k: int | None, columns: int, form: str) -> Tensor:

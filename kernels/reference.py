@@ -8,6 +8,7 @@ order, ties and subnormals are exact, and NaN sorts above infinity. A NaN is the
 import torch
 from torch import Tensor
 
+from larosa_compile.kernels import half
 from larosa_compile.kernels.formats import format_of, unpack
 
 # floating dtype -> (integer dtype of the same width, mask that clears the sign)
@@ -99,7 +100,7 @@ def sparse_linear(x: Tensor, weight_t: Tensor, k: int | None) -> Tensor:
         ValueError: `k` outside [1, in].
         TypeError: unsupported dtype.
     """
-    return _kept(x, k) @ weight_t
+    return half.product(_kept(x, k), weight_t)
 
 
 def sparse_linear_packed(x: Tensor, packed: Tensor, k: int | None, columns: int, form: str) -> Tensor:

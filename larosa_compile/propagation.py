@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from larosa_compile.errors import OptionError
-from larosa_compile.kernels import ops, reference
+from larosa_compile.kernels import half, ops, reference
 from larosa_compile.passes.graph import prims
 from larosa_compile.passes.pipeline import Rewritten
 from larosa_compile.passes.plan import kept_features
@@ -202,7 +202,7 @@ class _Run(Interpreter):
         if target is ops.sparse_linear:
             name = self._names.get(self._node)
             # what is no site is a rotation, which drops nothing
-            return (args[0] if name is None else self._owner.select(name, args[0])) @ args[1]
+            return half.product(args[0] if name is None else self._owner.select(name, args[0]), args[1])
         if target is ops.sparsify:
             # what a stack of weights reads: its k is the recipe's, and the gradient passes it as it does the others
             x = args[0]

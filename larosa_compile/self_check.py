@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from larosa_compile.capture import Captured
-from larosa_compile.kernels import ops
+from larosa_compile.kernels import half, ops
 from larosa_compile.passes.pipeline import Rewritten
 from larosa_compile.recipe import Recipe
 
@@ -122,7 +122,7 @@ class _NothingDropped(Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is ops.sparse_linear:
-            return args[0] @ args[1]
+            return half.product(args[0], args[1])
         return args[0] if target in (ops.sparsify, ops.keep_above) else super().call_function(target, args, kwargs)
 
 
