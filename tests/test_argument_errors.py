@@ -44,6 +44,7 @@ CASES: list[tuple[Callable[[], object], str, str]] = [
     (options(dump=1), "1", "must be the path of a folder, or None"),
     (options(lowering="triton"), "'triton'", "must be one of 'inductor', 'eager'"),
     (options(self_check=1), "1", "must be True or False"),
+    (options(prompts="exact"), "'exact'", "must be one of 'sparse', 'dense'"),
     (options(release_originals="yes"), "'yes'", "must be True or False"),
     (options(sparsity=1), "1", "must lie in [0, 1)"),
     (options(sparsity="half"), "'half'", "must lie in [0, 1)"),
