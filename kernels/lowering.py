@@ -98,19 +98,21 @@ def _has_gemm(x: ir.TensorBox) -> bool:
     return _on_cpu(x) and x.get_dtype() == torch.bfloat16 and int(x.get_size()[1]) % 2 == 0 and multiplies_pairs()
 
 
-def _is_slow(x: ir.TensorBox) -> bool:
-    return _on_cpu(x) and half.is_slow(x.get_dtype())
+def _in_dtype(x: ir.TensorBox, dtype: torch.dtype) -> ir.TensorBox:
+    # to its own dtype it would be a copy, which is no input of a product but something to fuse
+    convert: Callable[..., ir.TensorBox] = lowerings[prims.convert_element_type.default]
+    return x if x.get_dtype() == dtype else convert(x, dtype)
+
+
+def _mm_dtype(x: ir.TensorBox) -> torch.dtype:
+    """What rows like x and weights stored input-major are multiplied in."""
+    dtype = x.get_dtype()
+    return torch.float32 if _on_cpu(x) and half.is_slow(dtype) else dtype
 
 
 def _mm(x: ir.TensorBox, weight_t: ir.TensorBox, dtype: torch.dtype) -> ir.TensorBox:
     """Inductor's own product, of numbers of this dtype, in the dtype of x."""
-
-    def in_dtype(made: ir.TensorBox, dtype: torch.dtype) -> ir.TensorBox:
-        # to its own dtype it would be a copy, which is no input of a product but something to fuse
-        converted: Callable[..., ir.TensorBox] = lowerings[prims.convert_element_type.default]
-        return made if made.get_dtype() == dtype else converted(made, dtype)
-
-    return in_dtype(lowerings[aten.mm.default](in_dtype(x, dtype), in_dtype(weight_t, dtype)), x.get_dtype())
+    return _in_dtype(lowerings[aten.mm.default](_in_dtype(x, dtype), _in_dtype(weight_t, dtype)), x.get_dtype())
 
 
 def _has_few_rows(x: ir.TensorBox, k: int | None) -> bool:
@@ -162,7 +164,7 @@ def lower_sparse_linear(x: ir.TensorBox, weight_t: ir.TensorBox, k: int | None) 
         inputs = [_contiguous(kept), _contiguous(weight_t)]
         layout = ir.FixedLayout(x.get_device_or_error(), x.get_dtype(), [x.get_size()[0], weight_t.get_size()[1]])
         return output_of(GemmTemplate(inputs, layout, parallel_num_threads()))
-    return _mm(kept, weight_t, torch.float32 if _is_slow(x) and not _is_output_major(weight_t) else x.get_dtype())
+    return _mm(kept, weight_t, x.get_dtype() if _is_output_major(weight_t) else _mm_dtype(x))
 
 
 @register_lowering(ops.sparse_linear_packed, type_promotion_kind=None)
@@ -181,9 +183,8 @@ def lower_sparse_linear_packed(
         if _has_gemm(x):
             layout = ir.FixedLayout(device, dtype, [x.get_size()[0], columns])
             return output_of(PackedGemmTemplate([_contiguous(_selected(x, k)), stored], layout, threads, meaning))
-        wide = torch.float32 if _is_slow(x) else dtype
-        layout = ir.FixedLayout(device, wide, [features, columns])
-        return _mm(_selected(x, k), output_of(UnpackTemplate(stored, layout, threads, meaning)), wide)
+        layout = ir.FixedLayout(device, _mm_dtype(x), [features, columns])
+        return _mm(_selected(x, k), output_of(UnpackTemplate(stored, layout, threads, meaning)), layout.dtype)
     if not _on_cpu(x):
         return triton_lowering.packed_gemv(x, stored, k, columns, meaning)
     layout = ir.FixedLayout(device, dtype, [int(x.get_size()[0]), columns])

@@ -72,7 +72,7 @@ def _attempt(
             copy = exact_copy(captured, choices, recipe.weights, dense_prompts=config.dense_prompts)
             exact = copy, copy.weights(recipe)
     trace.plan(read.rewritten.plan)
-    report = report_of(read.rewritten, captured, described(recipe), faults, recipe.packs)
+    report = report_of(read.rewritten, captured, described(recipe, config.dense_prompts), faults, recipe.packs)
     first = exact[1] if exact else weights
     with trace.stage(config.lowering), beside(first.fold_one) if _leaves_time(captured, config) else nullcontext():
         compiled = compile_rewritten(read.captured, config)

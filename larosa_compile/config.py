@@ -87,7 +87,7 @@ class Config:
             both sets of weights at once, so with `release_originals` it is off unless asked for.
         weights: the format of the sites' weights; None is what the recipe says.
         prompts: "dense" drops nothing where so many tokens are processed at once that all weights are read anyway, on
-            CPUs more than eight: that costs no time, and what is decoded after it loses less. "sparse" makes every
+            CPUs more than eight: that costs no time, and what is decoded after it may lose less. "sparse" makes every
             token as sparse as the recipe says, which is what perplexity of whole texts is measured with.
         method: what the recipe has to have been made by; None is any. "dense" drops nothing and needs no recipe: what
             this backend does besides, to compare with.

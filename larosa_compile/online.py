@@ -142,7 +142,7 @@ class _SwitchingGraph:
                 "anew with what was learnt, without the sites at fault"
             )
             read = rewrite(parts.captured.copy().graph, {}, parts.captured.fake_mode)
-        report = report_of(read, parts.captured, described(recipe), faults, recipe.packs)
+        report = report_of(read, parts.captured, described(recipe, self._config.dense_prompts), faults, recipe.packs)
         trace.report(report)
         registry.add_report(parts.captured.tensors.values(), report)
         trace.done(report)

@@ -245,7 +245,8 @@ def _bases_of(stream: Stream, plan: Plan) -> tuple[str, ...]:
     return tuple(dict.fromkeys(bases))
 
 
-def described(recipe: Recipe) -> str:
-    """A recipe in a few words."""
+def described(recipe: Recipe, dense_prompts: bool = False) -> str:
+    """A recipe in a few words, and whether prompts are left whole."""
     weights = f", {recipe.weights} weights" if recipe.packs else ""
-    return f"{recipe.method}, nominal sparsity {recipe.sparsity:g}{weights}, recipe {recipe.digest[:12]}"
+    prompts = ", dense prompts" if dense_prompts else ""
+    return f"{recipe.method}, nominal sparsity {recipe.sparsity:g}{weights}{prompts}, recipe {recipe.digest[:12]}"

@@ -51,8 +51,7 @@ def rewrite(
 ) -> Rewritten:
     """Runs every pass but the last on `graph` in place.
 
-    choices: parameter path -> what the recipe says of that site. share_tables, dense_prompts: see
-    `make_plan`.
+    choices: parameter path -> what the recipe says of that site. share_tables, dense_prompts: see `make_plan`.
     """
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     observe("input", graph.graph)

@@ -69,6 +69,7 @@ def test_the_report_says_which_graph_drops_nothing() -> None:
     prompt, token = larosa_compile.explain(fast).graphs
     assert all(site.kept == site.features for site in prompt.sites) and prompt.bytes_skipped_share <= 0
     assert all(site.kept < site.features for site in token.sites) and token.bytes_skipped_share > 0.3
+    assert "sparsity 0.5, dense prompts" in str(prompt)
     # folded alike, so both read the same weights
     assert [site.read for site in prompt.sites] == [site.read for site in token.sites]
 
