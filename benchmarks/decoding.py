@@ -134,10 +134,14 @@ class Subject:
         return cls(name, model.config.num_hidden_layers, model, recipe, prompts)
 
     def weight_bytes(self, variant: Variant) -> int:
-        """Bytes of linear weights that one decode step reads: a head counts, tied or not, an embedding does not."""
-        recipe = variant.of(self.recipe) if self.recipe and variant.is_larosa else None
-        graphs = larosa_compile.explain(self.model, recipe=recipe).graphs
-        return sum(graph.sparse_bytes if recipe else graph.dense_bytes for graph in graphs)
+        """Bytes of linear weights that one decode step reads."""
+        return linear_bytes(self.model, variant.of(self.recipe) if self.recipe and variant.is_larosa else None)
+
+
+def linear_bytes(model: PreTrainedModel, recipe: Recipe | None) -> int:
+    """Bytes of linear weights that one token reads, dense without a recipe: a head counts, an embedding does not."""
+    graphs = larosa_compile.explain(model, recipe=recipe).graphs
+    return sum(graph.sparse_bytes if recipe else graph.dense_bytes for graph in graphs)
 
 
 def forget_reading(model: PreTrainedModel) -> None:

@@ -29,6 +29,14 @@ def gguf_file(given: Path, weights: str, folder: Path) -> Path:
     return made
 
 
+def linear_bytes(path: Path) -> int:
+    """Bytes of linear weights in a GGUF file: a token reads all of them. The embedding counts where it is the head."""
+    reader = importlib.import_module("gguf").GGUFReader(path)
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in reader.tensors if len(tensor.shape) > 1}
+    embedding, head = HEADS
+    return sum(sizes.values()) - (sizes[embedding] if head in sizes else 0)
+
+
 def requantise(source: Path, target: Path, weights: str) -> None:
     """Writes the model of a GGUF file with weights of another type; its metadata stays, but for the type.
 

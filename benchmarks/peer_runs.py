@@ -2,7 +2,8 @@
 
 As a program it reads JSON lines: a `Job` first, then requests, `{"decode": tokens}` or `{"losses": true}`. It answers
 every line with one: `{"ready": true}` once the model is loaded and warm, `{"seconds": […]}` per decoded token,
-`{"losses": […]}` in nats per window of the job, or `{"error": "why not"}`.
+`{"losses": […]}` in nats per window of the job with `"bytes"` of linear weights that a token reads, or `{"error": "why
+not"}`.
 
 Decoding is the same everywhere: one sequence, the prompt first and not timed, then greedy, token by token. What a
 runtime needs besides the model, a GGUF file of some type or a recipe, is written to the job's folder by the first
@@ -27,11 +28,11 @@ import transformers
 from torch._inductor import config as inductor_config
 
 import larosa_compile
-from benchmarks import assets
-from benchmarks.gguf_files import gguf_file
+from benchmarks import assets, decoding, gguf_files
 from larosa_compile.decoding import decode_seconds
 from larosa_compile.evaluation import next_token_losses
 from larosa_compile.generation import unguarded
+from larosa_compile.recipe_checks import OWN_DTYPE
 
 WARM_UP = 4  # tokens decoded before the first timed ones: compilation, first touches of memory
 
@@ -60,7 +61,7 @@ class Job:
     def gguf_file(self) -> Path:
         """The model's file with the job's weights."""
         assert self.gguf is not None, "benchmarks.peers starts no such runtime without one"
-        return gguf_file(Path(self.gguf), self.weights, Path(self.folder))
+        return gguf_files.gguf_file(Path(self.gguf), self.weights, Path(self.folder))
 
 
 class Torch:
@@ -84,14 +85,23 @@ class Torch:
         torch._dynamo.reset()
         return next_token_losses(self._compile(), [torch.tensor([window]) for window in self._job.windows])
 
+    def weight_bytes(self) -> int | None:
+        if self._job.runtime == "larosa":
+            return decoding.linear_bytes(self._model, self._recipe())
+        # of a quantised subclass of Tensor the graph says what its values would take
+        return decoding.linear_bytes(self._model, None) if self._job.weights == "bf16" else None
+
     def _compile(self) -> Any:
         if self._job.runtime != "larosa":
             return torch.compile(self._model, options=unguarded())
-        weights = {"bf16": "model"}.get(self._job.weights, self._job.weights)
-        options = unguarded(recipe=self._recipe(), sparsity=self._job.sparsity, weights=weights)
-        return torch.compile(self._model, backend="larosa", options=options)
+        return torch.compile(self._model, backend="larosa", options=unguarded(recipe=self._recipe()))
 
     def _recipe(self) -> larosa_compile.Recipe:
+        """At the job's sparsity, for weights in the job's format."""
+        weights = {"bf16": OWN_DTYPE}.get(self._job.weights, self._job.weights)
+        return self._calibrated().with_sparsity(self._job.sparsity).with_weights(weights)
+
+    def _calibrated(self) -> larosa_compile.Recipe:
         if self._job.recipe is not None:
             return larosa_compile.Recipe.load(self._job.recipe)
         path = Path(self._job.folder) / "recipe.safetensors"
@@ -128,6 +138,9 @@ class LlamaCpp:
             logits = torch.from_numpy(llama.scores[: len(window) - 1])
             found.append(torch.nn.functional.cross_entropy(logits, torch.tensor(window[1:])).item())
         return found
+
+    def weight_bytes(self) -> int:
+        return gguf_files.linear_bytes(self._path)
 
     def _loaded(self, context: int, every_logit: bool) -> Any:
         sizes = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), context)
@@ -181,6 +194,9 @@ class OpenVino:
             found.append(-sum(output.generated_log_probs[1 : len(window)]) / (len(window) - 1))
         return found
 
+    def weight_bytes(self) -> None:
+        """What it makes of the file is its own business."""
+
     def _ids(self, tokens: list[int]) -> Any:
         return self._tensor(np.array([tokens], dtype=np.int64))
 
@@ -191,7 +207,8 @@ class OpenVino:
 
 
 Runtime = Torch | LlamaCpp | OpenVino
-"""`decode` gives the seconds of each of so many tokens after the prompt, `losses` the mean loss of each window."""
+"""`decode` gives the seconds of each of so many tokens after the prompt, `losses` the mean loss of each window,
+`weight_bytes` what a token reads of linear weights, where that is known."""
 
 RUNTIMES: dict[str, Callable[[Job], Runtime]]
 RUNTIMES = {"torch": Torch, "frozen": Torch, "larosa": Torch, "llama.cpp": LlamaCpp, "openvino": OpenVino}
@@ -229,7 +246,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
             elif "decode" in request:
                 answer = {"seconds": runtime.decode(request["decode"])}
             else:
-                answer = {"losses": runtime.losses()}
+                answer = {"losses": runtime.losses(), "bytes": runtime.weight_bytes()}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")

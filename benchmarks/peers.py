@@ -4,6 +4,7 @@ Every peer decodes in a process of its own with the same number of threads: one 
 then greedy. They take turns, in the opposite order in every other round; between rounds reading a large buffer says
 what the memory gives. `tokens_per_s` is the median over all tokens, `spread` the lowest and highest median of a
 round. Perplexity is over the same tokens everywhere: windows of 512 tokens of wiki text, all next-token losses.
+`MB` is of linear weights that a token reads, scales of quantised ones included: the head counts, the embedding does not.
 What does not run is a record too, with the reason. torch.compile and larosa run without Dynamo's guards on modules.
 
 GGUF files of other types are made from the given one, in the folder for temporary files (TMPDIR): of a file of 4 bits
@@ -38,7 +39,7 @@ CONTEXT, PPL_CONTEXT, CALIBRATION_CONTEXT, TOKENS = 128, 512, 1024, 32
 SPARSITIES, PACKED_SPARSITIES = (0.25, 0.4, 0.5), (0.0, 0.4, 0.5)
 NO_GGUF = "reads GGUF files only: make one with llama.cpp's convert_hf_to_gguf.py, and pass --model FILE.gguf"
 
-LEFT, RIGHT = ("weights", "peer", "version"), ("sparsity", "tokens/s", "rounds' medians", "perplexity")
+LEFT, RIGHT = ("weights", "peer", "version"), ("sparsity", "MB", "tokens/s", "rounds' medians", "perplexity")
 out = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 
 
@@ -97,6 +98,7 @@ class Run:
     timeout: float = 3600.0  # seconds for one answer; the longest is compiling a large model
     rounds: list[list[float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    bytes_per_token: int | None = None
     _child: Child | None = None
 
     def start(self) -> None:
@@ -110,8 +112,9 @@ class Run:
         self.rounds = self.rounds if self.reason is None else []  # or they would not be the others' rounds
 
     def predict(self) -> None:
-        """The perplexity; without it the speed still stands."""
-        self.losses += [loss for answer in self._ask({"losses": True}, "perplexity: ") for loss in answer["losses"]]
+        """The perplexity, and the bytes; without them the speed still stands."""
+        for answer in self._ask({"losses": True}, "perplexity: "):
+            self.losses, self.bytes_per_token = answer["losses"], answer["bytes"]
 
     def stop(self) -> None:
         """Ends the process; a later step starts another."""
@@ -129,6 +132,7 @@ class Run:
             "model": model,
             "weights": self.peer.weights,
             "sparsity": self.peer.sparsity,
+            "bytes_per_token": self.bytes_per_token,
             "tokens_per_s": 1 / statistics.median(every) if speeds else None,
             "spread": [min(speeds), max(speeds)] if speeds else None,
             "ppl": perplexity(self.losses) if self.losses else None,
@@ -191,14 +195,16 @@ def table(records: list[dict[str, Any]], title: str) -> Table:
     """The records in blocks of equal precision."""
     caption = "Compare within a block: in the next one every weight has fewer bits, so fewer bytes are read."
     found = Table(*LEFT, *(Column(name, justify="right") for name in RIGHT), title=title, caption=caption)
-    for size in sorted({bits(record["weights"]) for record in records}, reverse=True):
+    for width in sorted({bits(record["weights"]) for record in records}, reverse=True):
         found.add_section()
-        found.add_row(f"[bold]{size} bits[/bold]" if size else "[bold]other[/bold]")
+        found.add_row(f"[bold]{width} bits[/bold]" if width else "[bold]other[/bold]")
         for record in records:
-            if bits(record["weights"]) == size:
-                speed, spread, ppl = record["tokens_per_s"], record["spread"], record["ppl"]
+            if bits(record["weights"]) == width:
+                size, speed = record["bytes_per_token"], record["tokens_per_s"]
+                spread, ppl = record["spread"], record["ppl"]
                 found.add_row(
                     *(record["weights"], record["peer"], record["version"] or "—", f"{record['sparsity']:.0%}"),
+                    f"{size / 1e6:,.0f}" if size else "—",
                     f"{speed:.1f}" if speed else "—",
                     f"{spread[0]:.1f} to {spread[1]:.1f}" if spread else "—",
                     f"{ppl:.2f}" if ppl else "—",

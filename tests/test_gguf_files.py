@@ -37,6 +37,14 @@ def tiny_gguf(tmp_path: Path) -> Path:
     return path
 
 
+def test_bytes_that_a_token_reads(tiny_gguf: Path, tmp_path: Path) -> None:
+    in_blocks = 40 * 64 + 96 * 64
+    q4_1, q8_0 = in_blocks // 32 * (16 + 4), in_blocks // 32 * (32 + 2)
+    odd = 8 * 30 * 4
+    assert gguf_files.linear_bytes(tiny_gguf) == q4_1 + odd, "the embedding is the head, the vector no matrix"
+    assert gguf_files.linear_bytes(gguf_files.gguf_file(tiny_gguf, "q8_0", tmp_path)) == q8_0 + odd
+
+
 def fields_of(path: Path) -> dict[str, Any]:
     return {name: (field.types, field.contents()) for name, field in gguf.GGUFReader(path).fields.items()}
 

@@ -132,6 +132,24 @@ def test_entries_far_apart_and_no_numbers(form: WeightFormat, dtype: torch.dtype
 
 
 @EACH
+@pytest.mark.parametrize("build", ["widest", "avx2"])
+def test_sums_of_the_largest_codes(form: WeightFormat, build: str) -> None:
+    """Lowest and highest codes side by side in every combination, met by entries of all bits, 64 lines of one scale."""
+    features, columns = 256, 256
+    signs = torch.stack([torch.arange(columns) >> bit & 1 for bit in range(8)]).repeat(features // 8, 1) * 2.0 - 1
+    packed = pack(signs, form)
+    meant = unpack(packed, features, columns, form)
+    assert torch.equal(meant.sign(), signs)
+    x = torch.full((3, features), 255.0).bfloat16()
+    x[1], x[2, ::3] = -x[1], -1.0
+    with inductor_config.patch({"cpp.simdlen": 256} if build == "avx2" else {}):
+        compiled = products(form, columns, (None, 200))
+        for rows in (x, x[:1], x[2:]):
+            for k, y in zip((None, 200), compiled(rows, packed), strict=True):
+                assert_is_product(y, rows, meant, k)
+
+
+@EACH
 def test_an_epilogue_is_fused_and_columns_are_split(form: WeightFormat) -> None:
     features, columns, k = 80, 20000, 30
     packed, x = pack(torch.randn(features, columns), form), torch.randn(1, features).bfloat16()

@@ -28,7 +28,7 @@ for line in sys.stdin:
     request = json.loads(line)
     job = job or request
     step = next(iter(request))  # of the job itself that is "runtime"
-    answer = {"seconds": [9.0] + [0.5] * (request.get("decode", 1) - 1), "losses": [1.0, 2.0]}
+    answer = {"seconds": [9.0] + [0.5] * (request.get("decode", 1) - 1), "losses": [1.0, 2.0], "bytes": 7}
     if step == job["runtime"]:
         if job["model"] == "hang":
             time.sleep(600)
@@ -61,6 +61,7 @@ def test_a_peer_that_runs(keep: bool) -> None:
     assert done == [0] * keep + [1, 2, 3, 3], "after every step, with what was measured so far"
     # the first token of a round does not count
     measured = {"tokens_per_s": 2.0, "spread": [2.0, 2.0], "ppl": perplexity([1.0, 2.0]), "skipped_reason": None}
+    measured["bytes_per_token"] = 7
     given = {"peer": "torch.compile", "version": torch.__version__, "model": "tiny", "weights": "bf16", "sparsity": 0.0}
     assert run.record("tiny") == given | measured
 
@@ -86,7 +87,7 @@ def test_a_crash_is_a_record_with_the_reason(at: str, how: str, reason: str) -> 
     peers.take_turns([broken, other], 2, True, [])
     record = broken.record("tiny")
     assert record["skipped_reason"] == reason
-    assert record["ppl"] is None
+    assert record["ppl"] is record["bytes_per_token"] is None
     assert record["tokens_per_s"] == (2.0 if at == "losses" else None)
     assert other.record("tiny")["tokens_per_s"] == 2.0
 
@@ -133,7 +134,7 @@ def test_rounds_alternate_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_table_keeps_equal_precision_together() -> None:
     found = [Run(peer, JOB, "no").record("tiny") for peer in peers.peers("q4_1")]
-    found[0] |= {"tokens_per_s": 12.34, "spread": [11.0, 13.0], "ppl": 9.876}
+    found[0] |= {"bytes_per_token": 1_234_567_890, "tokens_per_s": 12.34, "spread": [11.0, 13.0], "ppl": 9.876}
     text = io.StringIO()
     Console(width=150, file=text).print(peers.table(found, "tiny"))
     lines = [line for line in text.getvalue().splitlines() if line.startswith("│")]
@@ -143,7 +144,7 @@ def test_the_table_keeps_equal_precision_together() -> None:
     assert starts[0] == 0 and len(column) == len(found) + len(starts)
     for bits, start, end in zip(precisions, starts, [*starts[1:], None], strict=True):
         assert {peers.bits(weights) for weights in column[start + 1 : end]} == {bits}
-    assert cells[1] == ["bf16", "torch.compile", torch.__version__, "0%", "12.3", "11.0 to 13.0", "9.88"]
+    assert cells[1] == ["bf16", "torch.compile", torch.__version__, "0%", "1,235", "12.3", "11.0 to 13.0", "9.88"]
     assert "Compare within a block" in text.getvalue()
 
 
@@ -166,13 +167,19 @@ class Stub:
         if job.weights == "int8":
             raise ImportError("no library")
         self.decoded: list[int] = []
+        self.predicts = job.weights == "f16"
 
     def decode(self, tokens: int) -> list[float]:
         self.decoded.append(tokens)
         return [0.5] * tokens
 
     def losses(self) -> list[float]:
-        raise RuntimeError(f"after {self.decoded}")
+        if not self.predicts:
+            raise RuntimeError(f"after {self.decoded}")
+        return [1.5]
+
+    def weight_bytes(self) -> None:
+        """Not known."""
 
 
 def test_serving(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +194,10 @@ def test_serving(monkeypatch: pytest.MonkeyPatch) -> None:
         {"error": f"RuntimeError: after [{peer_runs.WARM_UP}, 2]"},
         {"seconds": [0.5]},
     ]
+    answers = io.StringIO()
+    requests = [job | {"weights": "f16"}, {"losses": True}]
+    peer_runs.serve(io.StringIO("".join(json.dumps(request) + "\n" for request in requests)), answers)
+    assert json.loads(answers.getvalue().splitlines()[-1]) == {"losses": [1.5], "bytes": None}
 
 
 def test_torch_and_larosa_run_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,13 +218,19 @@ def test_torch_and_larosa_run_the_same_model(tmp_path: Path, monkeypatch: pytest
     assert len(dense.decode(3)) == 3
     expected = next_token_losses(model, [torch.tensor([window]) for window in windows])
     assert dense.losses() == expected
+    linears = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert dense.weight_bytes() == sum(weight.nbytes for weight in linears)
     larosa = peer_runs.Torch(dataclasses.replace(job, runtime="larosa"))
     assert (tmp_path / "recipe.safetensors").exists()
     assert larosa.losses() == pytest.approx(expected, rel=1e-4)
     # a process may be given one, and the next finds the one that was made
     path = tmp_path / "recipe.safetensors"
     given = dataclasses.replace(job, runtime="larosa", sparsity=0.5, calibration=[], recipe=str(path), folder="none")
-    at_half = peer_runs.Torch(given).losses()
+    half = peer_runs.Torch(given)
+    at_half = half.losses()
+    in_int8 = peer_runs.Torch(dataclasses.replace(given, weights="int8"))
+    sizes = [one.weight_bytes() for one in (larosa, half, in_int8)]
+    assert all(size is not None for size in sizes) and sizes == sorted(sizes, reverse=True), "fewer and fewer"
     again = peer_runs.Torch(dataclasses.replace(job, runtime="larosa", sparsity=0.5, calibration=[]))
     assert again.losses() == at_half != pytest.approx(expected, rel=1e-4)
     named = peers.peers("", [path])
