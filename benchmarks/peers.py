@@ -4,7 +4,7 @@ Every peer decodes in a process of its own with the same number of threads: one 
 then greedy. They take turns, in the opposite order in every other round; between rounds reading a large buffer says
 what the memory gives. `tokens_per_s` is the median over all tokens, `spread` the lowest and highest median of a
 round. Perplexity is over the same tokens everywhere: windows of 512 tokens of wiki text, all next-token losses.
-`MB` is of linear weights that a token reads, scales of quantised ones included: the head counts, the embedding does not.
+`MB` is of linear weights that a token reads, with their scales: the head counts, the embedding does not.
 What does not run is a record too, with the reason. torch.compile and larosa run without Dynamo's guards on modules.
 
 GGUF files of other types are made from the given one, in the folder for temporary files (TMPDIR): of a file of 4 bits

@@ -8,6 +8,12 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.fx import Graph
+
+aten = torch.ops.aten
+
+FEWEST_ROWS = 16
+"""From so many on a float32 copy of a weight pays that is stored output-major, in whose order ATen's loops run."""
 
 
 @functools.cache
@@ -27,6 +33,25 @@ def product(x: Tensor, weight_t: Tensor) -> Tensor:
 
     Not where gradients are wanted: the copies would live until they are.
     """
-    if x.device.type != "cpu" or not is_slow(x.dtype) or weight_t.stride(0) == 1 or torch.is_grad_enabled():
-        return x @ weight_t
-    return (x.float() @ weight_t.float()).to(x.dtype)
+    return (x.float() @ weight_t.float()).to(x.dtype) if _gains(x, weight_t) else x @ weight_t
+
+
+def product_and_bias(bias: Tensor, x: Tensor, weight_t: Tensor) -> Tensor:
+    """`bias + x @ weight_t`, in the same way."""
+    if not _gains(x, weight_t):
+        return torch.addmm(bias, x, weight_t)
+    return torch.addmm(bias.float(), x.float(), weight_t.float()).to(x.dtype)
+
+
+def replace_products(graph: Graph) -> None:
+    """Has the products of a graph that is run operation by operation made as above; its module is not recompiled."""
+    for target, made in ((aten.mm.default, product), (aten.addmm.default, product_and_bias)):
+        for node in graph.find_nodes(op="call_function", target=target):
+            if not node.kwargs:  # factors of addmm's terms
+                node.target = made
+
+
+def _gains(x: Tensor, weight_t: Tensor) -> bool:
+    if x.device.type != "cpu" or not is_slow(x.dtype) or torch.is_grad_enabled():
+        return False
+    return weight_t.stride(0) != 1 or x.shape[0] >= FEWEST_ROWS

@@ -18,6 +18,7 @@ from larosa_compile.block_search import greedy_allocation
 from larosa_compile.capture import Boxed, Captured, boxed, capture, check_has_values, check_is_readable, compile_alone
 from larosa_compile.errors import InferenceOnlyError, OptionError, RecipeError
 from larosa_compile.fingerprint import fingerprint
+from larosa_compile.kernels import half
 from larosa_compile.methods import GREEDY, SITES, Allocation, Asked, asked
 from larosa_compile.moments import Moments, observe
 from larosa_compile.passes.pipeline import facts_of
@@ -239,6 +240,8 @@ def _observing(
             sites |= allocated(facts, sparsity, plan.coefficients, way, plan.selection)
         observe(facts, observed, moments.add)
         module = captured.graph.module
+        half.replace_products(module.graph)
+        module.recompile()
         return boxed(lambda inputs: module(*inputs))
 
     def backend(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:

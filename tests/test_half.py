@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._inductor.config as inductor_config
 from torch._inductor.utils import run_and_get_code
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from larosa_compile.kernels import half, lowering, ops
 from larosa_compile.kernels.cpp_gemm import multiplies_pairs
@@ -21,14 +22,37 @@ def _no_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_no_instructions")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_product_is_rounded_once(dtype: torch.dtype) -> None:
-    x, weight_t = torch.randn(20, 300).to(dtype), torch.randn(300, 70).to(dtype)
+@pytest.mark.parametrize("output_major", [False, True])
+def test_a_product_is_rounded_once(dtype: torch.dtype, output_major: bool) -> None:
+    x, weight_t, bias = torch.randn(20, 300).to(dtype), torch.randn(300, 70).to(dtype), torch.randn(70).to(dtype)
+    weight_t = weight_t.T.contiguous().T if output_major else weight_t
     with torch.no_grad():
-        y = half.product(x, weight_t)
-    expected = x.double() @ weight_t.double()
-    assert y.dtype == dtype
-    bound = torch.finfo(dtype).eps / 2 * expected.abs() + 2.0**-18 * (x.double().abs() @ weight_t.double().abs())
-    assert bool(((y.double() - expected).abs() <= bound).all())
+        found = half.product(x, weight_t), half.product_and_bias(bias, x, weight_t)
+    size = 2.0**-18 * (x.double().abs() @ weight_t.double().abs() + bias.double().abs())
+    for y, added in zip(found, (torch.zeros_like(bias), bias), strict=True):
+        expected = x.double() @ weight_t.double() + added.double()
+        assert y.dtype == dtype
+        assert bool(((y.double() - expected).abs() <= torch.finfo(dtype).eps / 2 * expected.abs() + size).all())
+
+
+@pytest.mark.usefixtures("_no_instructions")
+@pytest.mark.parametrize("rows", [2, 20])
+def test_products_of_a_graph(rows: int) -> None:
+    """Those that are products alone; what they compute stays the same."""
+
+    def fn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x @ weight.t(), torch.addmm(bias, x, weight.t()), torch.addmm(bias, x, weight.t(), beta=2)
+
+    values = torch.randn(rows, 8).bfloat16(), torch.randn(6, 8).bfloat16(), torch.randn(6).bfloat16()
+    module = make_fx(fn)(*values)
+    half.replace_products(module.graph)
+    module.recompile()
+    called = {node.target for node in module.graph.nodes if node.op == "call_function"}
+    assert called == {half.product, half.product_and_bias, torch.ops.aten.addmm.default, torch.ops.aten.t.default}
+    with torch.no_grad():
+        for found, expected in zip(module(*values), fn(*(value.double() for value in values)), strict=True):
+            assert found.dtype == torch.bfloat16
+            assert torch.allclose(found.double(), expected, rtol=2**-7, atol=2**-6)
 
 
 @pytest.mark.usefixtures("_no_instructions")
