@@ -13,7 +13,8 @@ from torch.fx import Graph
 aten = torch.ops.aten
 
 FEWEST_ROWS = 16
-"""From so many on a float32 copy of a weight pays that is stored output-major, in whose order ATen's loops run."""
+"""From so many on a weight stored output-major, in whose order ATen's loops run, is worth a float32 copy: an estimate
+from DESIGN's figures and what a copy has to read and write."""
 
 
 @functools.cache

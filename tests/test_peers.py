@@ -229,8 +229,8 @@ def test_torch_and_larosa_run_the_same_model(tmp_path: Path, monkeypatch: pytest
     half = peer_runs.Torch(given)
     at_half = half.losses()
     in_int8 = peer_runs.Torch(dataclasses.replace(given, weights="int8"))
-    sizes = [one.weight_bytes() for one in (larosa, half, in_int8)]
-    assert all(size is not None for size in sizes) and sizes == sorted(sizes, reverse=True), "fewer and fewer"
+    sizes = [one.weight_bytes() or 0 for one in (larosa, half, in_int8)]
+    assert sizes[0] > sizes[1] > sizes[2] > 0, "fewer and fewer"
     again = peer_runs.Torch(dataclasses.replace(job, runtime="larosa", sparsity=0.5, calibration=[]))
     assert again.losses() == at_half != pytest.approx(expected, rel=1e-4)
     named = peers.peers("", [path])
