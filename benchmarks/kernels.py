@@ -34,6 +34,7 @@ from larosa_compile.kernels import ops
 from larosa_compile.kernels.digest import source_digest
 from larosa_compile.kernels.formats import FORMATS, PACKED_DTYPE, WeightFormat, pack
 from larosa_compile.machine import READ_BYTES, Bandwidth
+from larosa_compile.memory import use_huge_pages
 from larosa_compile.passes.plan import kept_features
 from larosa_compile.progress import progress_bar
 
@@ -146,6 +147,7 @@ def copies(size: Size, dtype: torch.dtype, total: int = 1) -> list[Tensor]:
     for start in range(0, len(memory), len(drawn)):
         part = memory[start : start + len(drawn)]
         part.copy_(drawn[: len(part)])
+    use_huge_pages([memory])  # as folded weights are
     return [memory[index * stride :][:each].view(size) for index in range(count)]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from larosa_compile.decoding import Spread
+from larosa_compile.memory import use_huge_pages
 
 
 def last_level_cache_bytes(listed: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
@@ -27,6 +28,7 @@ class Bandwidth:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._buffer = torch.ones(READ_BYTES // 4, device=device)
+        use_huge_pages([self._buffer])  # as folded weights are
         self._samples: list[float] = []
         self._pass()  # the first pass over new memory is a slow one
 

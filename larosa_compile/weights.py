@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from larosa_compile.capture import Captured
 from larosa_compile.errors import StaleWeightsError
-from larosa_compile.memory import return_freed, return_mapped
+from larosa_compile.memory import return_freed, return_mapped, use_huge_pages
 from larosa_compile.passes.graph import GraphInvariantError
 from larosa_compile.passes.parameters import Parameters
 from larosa_compile.passes.quantised import stored_in
@@ -99,6 +99,7 @@ class FoldedWeights:
                 self.release(path for path in spec.paths if not needed[path])
             return_mapped(recipe.rotations.values())
             yield True
+        use_huge_pages(self.tensors)  # all at once: a page may hold parts of several
 
     def release(self, paths: Iterable[str] | None = None) -> None:
         """Gives back the memory of the parameters, all or these, that folded weights are made of.

@@ -1,13 +1,19 @@
-"""Memory handed back: what stays in the process, and that no value is lost with it."""
+"""What the system is asked for: what stays in the process, in which pages, and that no value is lost with it."""
 
+import gc
+import mmap
 import os
+import platform
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from larosa_compile.memory import return_mapped
+import larosa_compile
+from larosa_compile import memory
+from larosa_compile.memory import return_mapped, use_huge_pages
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for it")
 
@@ -53,3 +59,70 @@ def test_what_was_written_to_a_mapped_tensor_stays(tmp_path: Path) -> None:
     # the system may keep what it holds in one piece with the page that was written
     assert before - resident_bytes_of_files() > 0.5 * mapped.nbytes
     assert torch.equal(mapped, expected)
+
+
+PAGES = Path("/sys/kernel/mm/transparent_hugepage")
+
+
+def huge_bytes() -> int:
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages"))
+
+
+def fresh(entries: int) -> torch.Tensor:
+    """Memory that nobody had before: what malloc gives may be in huge pages already."""
+    memory = mmap.mmap(-1, 4 * entries, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.float32).copy_(torch.randn(entries))
+
+
+@pytest.fixture
+def page() -> int:
+    """The bytes of a huge page, where the system gives those that are asked for, at once, and no others."""
+    version = tuple(int(number) for number in platform.release().split(".")[:2])
+    if version < (6, 1) or "[madvise]" not in (PAGES / "enabled").read_text():
+        pytest.skip("huge pages are given to all, to none, or later")
+    return int((PAGES / "hpage_pmd_size").read_text())
+
+
+def test_a_tensor_moves_into_huge_pages(page: int) -> None:
+    values = fresh(page)  # four pages of them
+    expected, before = values.sum(), huge_bytes()
+    use_huge_pages([values, torch.empty(0), torch.ones(3), torch.empty(2**30, device="meta")])
+    assert huge_bytes() - before >= 3 * page
+    assert values.sum() == expected
+
+
+def test_neighbours_share_huge_pages(page: int) -> None:
+    values = fresh(page)
+    parts, before = list(values.split(page // 40)), huge_bytes()
+    use_huge_pages(parts[::2])
+    assert huge_bytes() == before
+    use_huge_pages(reversed(parts))
+    assert huge_bytes() - before >= 3 * page
+
+
+def test_who_wants_no_huge_pages_gets_none(page: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "enabled").write_text("always madvise [never]\n")
+    (tmp_path / "hpage_pmd_size").write_text(f"{page}\n")
+    monkeypatch.setattr(memory, "_HUGE_PAGES", tmp_path)
+    values, before = fresh(page), huge_bytes()
+    use_huge_pages([values])
+    (tmp_path / "enabled").unlink()  # a system without them
+    use_huge_pages([values])
+    assert huge_bytes() == before
+
+
+def test_folded_weights_are_in_huge_pages(page: int) -> None:
+    torch._dynamo.reset()
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=64 * page // 1024
+    )
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(100, (1, 32))
+    recipe = larosa_compile.calibrate(model, [ids], sparsity=0.5, progress=False)
+    gc.collect()
+    before = huge_bytes()
+    fast = torch.compile(model, backend="larosa", options={"recipe": recipe, "lowering": "eager"})
+    with torch.no_grad():
+        fast(input_ids=ids)
+    assert huge_bytes() - before >= 14 * page  # of the head's 16, which malloc never has left over
