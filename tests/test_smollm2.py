@@ -129,30 +129,27 @@ def test_sparse_perplexity_equals_the_simulation(
 
 @pytest.mark.slow
 def test_decode_runs_templates_and_repeats_full_recomputation(
-    fresh: None, loaded: tuple[PreTrainedModel, Any], recipe: Recipe
+    fresh: None, loaded: tuple[PreTrainedModel, Any], recipe: Recipe, windows: list[torch.Tensor]
 ) -> None:
-    model, tokenizer = loaded
-    fast = compiled(model, recipe)
-    ids = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
-    length, steps = ids.shape[1], 4  # ties have been met to part correct runs at the fifth
-    cache = StaticCache(config=model.config, max_cache_len=64)
+    """Of most short sequences, as above: which meet a tie is another matter on every processor."""
+    model, _ = loaded
+    fast, prompt = compiled(model, recipe), 2
+
+    def read(cache: StaticCache, ids: torch.Tensor, start: int) -> torch.Tensor:
+        position = torch.arange(start, start + ids.shape[1])[None]
+        return fast(input_ids=ids, **{CACHE: cache}, use_cache=True, position_ids=position).logits
+
+    errors, sequences = [], torch.cat(windows[-2:], 1).reshape(-1, 1, 4)[:32]
     with torch.no_grad():
-        last = fast(input_ids=ids, **{CACHE: cache}, use_cache=True).logits[:, -1]
-        tokens = [int(last.argmax())]
-
-        def step() -> torch.Tensor:
-            position = torch.tensor([[length + len(tokens) - 1]])
-            inputs = torch.tensor([tokens[-1:]])
-            return fast(input_ids=inputs, **{CACHE: cache}, use_cache=True, position_ids=position).logits[:, -1]
-
-        last, code = run_and_get_code(step)
-        tokens.append(int(last.argmax()))
-        while len(tokens) < steps:
-            tokens.append(int(step().argmax()))
-        whole = torch.cat([ids, torch.tensor([tokens])], 1)
-        with simulated(model, recipe):
-            recomputed = model(input_ids=whole, use_cache=False).logits[0, length - 1 : -1]
-    assert tokens == recomputed.argmax(1).tolist()
+        _, code = run_and_get_code(read, StaticCache(config=model.config, max_cache_len=64), sequences[0][:, :1], 0)
+        for ids in sequences:
+            cache = StaticCache(config=model.config, max_cache_len=64)
+            found = [read(cache, ids[:, :prompt], 0)]
+            found += [read(cache, ids[:, index : index + 1], index) for index in range(prompt, ids.shape[1])]
+            with simulated(model, recipe):
+                expected = model(input_ids=ids, use_cache=False).logits
+            errors.append(relative_error(torch.cat(found, 1), expected))
+    assert torch.tensor(errors).median() < 1e-4
 
     source = "\n".join(code)
     assert "larosa_sparse_gemv" in source
