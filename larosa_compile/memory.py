@@ -36,17 +36,14 @@ def return_mapped(tensors: Iterable[Tensor], written: bool = False) -> None:
     written: whether somebody may have written to them since. What was written is kept then, and the file's pages leave
     the system's cache as well. Tensors in other memory are left alone, and so are pages that they share with others.
     """
-    advise = _libc("madvise")
-    if advise is None or not _MAPS.exists():
+    if not _MAPS.exists():
         return
     ranges = sorted((int(found[1], 16), int(found[2], 16)) for found in map(_FILE.match, _lines()) if found)
     for tensor in tensors:
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         place = bisect_right(ranges, (start, sys.maxsize)) - 1
-        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-        if place >= 0 and end <= ranges[place][1] and first < last:
-            advice = _PAGEOUT if written else mmap.MADV_DONTNEED
-            advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
+        if place >= 0 and end <= ranges[place][1]:
+            _advise_whole(start, end, mmap.PAGESIZE, _PAGEOUT if written else mmap.MADV_DONTNEED)
 
 
 _COLLAPSE = 25
@@ -61,13 +58,12 @@ def use_huge_pages(tensors: Iterable[Tensor]) -> None:
     A product reads rows from all over a weight, so with small pages it looks up an address for every row or two, which
     in a virtual machine goes through two tables. Nothing happens where the system has none, or is set to give none.
     """
-    advise, size = _libc("madvise"), _huge_page_size()
-    if advise is None or not size:
+    size = _huge_page_size()
+    if not size:
         return
     for first, last in _joined(_pages(tensor) for tensor in tensors if tensor.device.type == "cpu"):
-        start, end = -(-first // size) * size, last // size * size
-        for advice in (mmap.MADV_HUGEPAGE, _COLLAPSE) if start < end else ():
-            advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+        _advise_whole(first, last, size, mmap.MADV_HUGEPAGE)
+        _advise_whole(first, last, size, _COLLAPSE)
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -95,6 +91,13 @@ def _pages(tensor: Tensor) -> tuple[int, int]:
     """The addresses of the first page that holds values of a contiguous tensor, and behind the last."""
     start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     return start // mmap.PAGESIZE * mmap.PAGESIZE, -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _advise_whole(start: int, end: int, page: int, advice: int) -> None:
+    """Advises on the pages of so many bytes that lie between two addresses as a whole."""
+    advise, first, last = _libc("madvise"), -(-start // page) * page, end // page * page
+    if advise is not None and first < last:
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
 
 
 def _lines() -> list[str]:
