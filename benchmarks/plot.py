@@ -22,6 +22,9 @@ LAROSA = "larosa"
 HEIGHT = 4.2
 """Inches: points have names."""
 
+CLOSE = 8.0
+"""Tokens per second between two points whose names would meet."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -81,13 +84,20 @@ def drawn(lines: dict[str, list[Point]], model: str) -> str:
             axes.errorbar(
                 speeds, losses, xerr=[below, above], linestyle=joined, markersize=5, elinewidth=0.8, label=name, **style
             )
-            for index, point in enumerate(points):
-                # on either side, so that names of close points of larosa and others stay apart
-                aside: dict[str, Any] = {"xytext": (5, 5 if index % 2 else -11), "ha": "left"}
-                if name.startswith(LAROSA):
-                    aside = {"xytext": (-5, 4), "ha": "right"}
-                place = (point.tokens_per_s, point.perplexity)
-                axes.annotate(point.name, place, textcoords="offset points", fontsize=8, color=style["color"], **aside)
+            for point, following in zip(points, [*points[1:], None], strict=True):
+                # on either side, so that names of close points stay apart
+                is_close = following is not None and following.tokens_per_s - point.tokens_per_s < CLOSE
+                is_left = is_close or name.startswith(LAROSA)
+                side, offset = ("right", (-5, 4)) if is_left else ("left", (5, -11))
+                axes.annotate(
+                    point.name,
+                    (point.tokens_per_s, point.perplexity),
+                    xytext=offset,
+                    textcoords="offset points",
+                    ha=side,
+                    fontsize=8,
+                    color=style["color"],
+                )
         axes.margins(x=0.1, y=0.12)
         axes.set_xlim(left=0)
         axes.set_xlabel("tokens per second (bars: medians of rounds)")
