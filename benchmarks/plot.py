@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,8 @@ LAROSA = "larosa"
 HEIGHT = 4.2
 """Inches: points have names."""
 
-CLOSE = 8.0
-"""Tokens per second between two points whose names would meet."""
+CLOSE = 0.07
+"""Of the width of the figure: the names of two points that are nearer would meet."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,20 @@ def lines_of(records: Sequence[dict[str, Any]]) -> dict[str, list[Point]]:
     return {line: sorted(points, key=lambda point: point.tokens_per_s) for line, points in lines.items()}
 
 
+def close_to_next(points: Sequence[Point], distance: float) -> list[bool]:
+    """Whether each of the points, from slow to fast, is less than so many tokens per second behind the next one."""
+    gaps = (after.tokens_per_s - point.tokens_per_s for point, after in pairwise(points))
+    return [gap < distance for gap in gaps] + [False]
+
+
 def drawn(lines: dict[str, list[Point]], model: str) -> str:
     """The figure as SVG.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
+
+    fastest = max(point.tokens_per_s for points in lines.values() for point in points)
 
     def draw(axes: "Axes") -> None:
         # of larosa's lines colours are recipes and markers formats; any other peer has one line
@@ -84,9 +93,8 @@ def drawn(lines: dict[str, list[Point]], model: str) -> str:
             axes.errorbar(
                 speeds, losses, xerr=[below, above], linestyle=joined, markersize=5, elinewidth=0.8, label=name, **style
             )
-            for point, following in zip(points, [*points[1:], None], strict=True):
+            for point, is_close in zip(points, close_to_next(points, CLOSE * fastest), strict=True):
                 # on either side, so that names of close points stay apart
-                is_close = following is not None and following.tokens_per_s - point.tokens_per_s < CLOSE
                 is_left = is_close or name.startswith(LAROSA)
                 side, offset = ("right", (-5, 4)) if is_left else ("left", (5, -11))
                 axes.annotate(

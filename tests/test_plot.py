@@ -43,6 +43,13 @@ def test_lines_are_formats_of_larosa_and_other_peers() -> None:
     }
 
 
+def test_names_of_close_points_go_to_either_side() -> None:
+    """Two of 45 and 46 tokens per second once had their names above one another's points."""
+    speeds = (45.0, 46.0, 67.0)
+    points = [plot.Point(str(speed), speed, (speed, speed), 1.0) for speed in speeds]
+    assert plot.close_to_next(points, 9.0) == [True, False, False]
+
+
 def test_a_file_is_drawn_with_names_and_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
