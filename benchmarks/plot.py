@@ -1,8 +1,8 @@
 """Perplexity against tokens per second, drawn from what `benchmarks.peers --json` wrote: one line for a peer's formats.
 
 Both were measured in one run, on the same tokens. larosa has a line for each recipe and format of weights, along its
-sparsities; any other peer has one along its types of weights. Lower and further right is better. Needs the extra
-`report`.
+sparsities; any other peer has points, its types of weights. A dashed line is the dense model, as torch.compile runs it:
+what lies above it is lost. Lower and further right is better. Needs the extra `report`.
 """
 
 import argparse
@@ -14,12 +14,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from larosa_compile.plots import MARKERS, SERIES, figure
+from larosa_compile.plots import MARKERS, MUTED, SERIES, figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LAROSA = "larosa"
+LAROSA, DENSE = "larosa", "torch.compile"
 HEIGHT = 4.2
 """Inches: points have names."""
 
@@ -54,7 +54,7 @@ def lines_of(records: Sequence[dict[str, Any]]) -> dict[str, list[Point]]:
     for record in measured:
         is_larosa = record["peer"].startswith(LAROSA)
         line = f"{record['peer']}, {record['weights']}" if is_larosa else record["peer"]
-        name = f"{record['sparsity']:.0%}" if is_larosa else record["weights"]
+        name = f"{100 * record['sparsity']:.0f}" if is_larosa else record["weights"]
         point = Point(name, record["tokens_per_s"], tuple(record["spread"]), record["ppl"])
         lines.setdefault(line, []).append(point)
     return {line: sorted(points, key=lambda point: point.tokens_per_s) for line, points in lines.items()}
@@ -63,7 +63,7 @@ def lines_of(records: Sequence[dict[str, Any]]) -> dict[str, list[Point]]:
 def close_to_next(points: Sequence[Point], distance: float) -> list[bool]:
     """Whether each of the points, from slow to fast, is less than so many tokens per second behind the next one."""
     gaps = (after.tokens_per_s - point.tokens_per_s for point, after in pairwise(points))
-    return [gap < distance for gap in gaps] + [False]
+    return [gap < distance for gap in gaps] + [False] * bool(points)
 
 
 def drawn(lines: dict[str, list[Point]], model: str) -> str:
@@ -89,14 +89,17 @@ def drawn(lines: dict[str, list[Point]], model: str) -> str:
             below = [point.tokens_per_s - point.spread[0] for point in points]
             above = [point.spread[1] - point.tokens_per_s for point in points]
             # a peer's types of weights are no curve, larosa's sparsities are
-            joined = "-" if name.startswith(LAROSA) else "none"
+            is_curve = name.startswith(LAROSA)
+            told = f"{name}: {', '.join(point.name for point in points)} %" if is_curve else name
+            joined = "-" if is_curve else "none"
             axes.errorbar(
-                speeds, losses, xerr=[below, above], linestyle=joined, markersize=5, elinewidth=0.8, label=name, **style
+                speeds, losses, xerr=[below, above], linestyle=joined, markersize=5, elinewidth=0.8, label=told, **style
             )
-            for point, is_close in zip(points, close_to_next(points, CLOSE * fastest), strict=True):
+            # names along several curves would meet; theirs are in the legend
+            alone = [] if is_curve else points
+            for point, is_close in zip(alone, close_to_next(alone, CLOSE * fastest), strict=True):
                 # on either side, so that names of close points stay apart
-                is_left = is_close or name.startswith(LAROSA)
-                side, offset = ("right", (-5, 4)) if is_left else ("left", (5, -11))
+                side, offset = ("right", (-5, 4)) if is_close else ("left", (5, -11))
                 axes.annotate(
                     point.name,
                     (point.tokens_per_s, point.perplexity),
@@ -106,13 +109,17 @@ def drawn(lines: dict[str, list[Point]], model: str) -> str:
                     fontsize=8,
                     color=style["color"],
                 )
+        for point in lines.get(DENSE, []):
+            axes.axhline(
+                point.perplexity, color=MUTED, linestyle="--", linewidth=1, label=f"dense, {point.perplexity:.4g}"
+            )
         axes.margins(x=0.1, y=0.12)
         axes.set_xlim(left=0)
         axes.set_xlabel("tokens per second (bars: medians of rounds)")
         axes.set_ylabel("perplexity")
-        axes.figure.legend(loc="outside upper left", ncols=2, columnspacing=1, handlelength=1.6)
+        axes.figure.legend(loc="outside upper left", handlelength=1.6)
 
-    svg = figure("peers", f"Perplexity against decode speed of {model}, measured", draw, HEIGHT + 0.2 * len(lines) / 2)
+    svg = figure("peers", f"Perplexity against decode speed of {model}, measured", draw, HEIGHT + 0.2 * len(lines))
     # on a page the text has its font
     return svg.replace("<svg", '<svg font-family="sans-serif"', 1)
 

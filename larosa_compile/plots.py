@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, MUTED, GRID, PALE, ACCENT, SECOND = "#1f2933", "#52606d", "#e4e7eb", "#cbd2d9", "#0f766e", "#b45309"
-SERIES = (ACCENT, SECOND, "#1d4ed8", "#7c3aed", "#be185d", "#4d7c0f")
+SERIES = (ACCENT, SECOND, "#1d4ed8", "#7c3aed", "#be185d", "#4d7c0f", "#475569")
 MARKERS = "osD^vP"
 """Beside the colours, for whoever cannot tell those apart."""
 

@@ -25,6 +25,7 @@ RECORDS = [
     record("larosa", "int8", 0.0, 45.0, 13.9),
     record("larosa", "int4", 0.5, 86.0, 15.9),
     record("larosa search", "int8", 0.5, 71.0, 14.9),
+    record("torch.compile", "bf16", 0.0, 12.0, 13.876),
     record("llama.cpp", "q8_0", 0.0, 60.0, 14.3),
     record("llama.cpp", "q4_0", 0.0, 85.0, 15.8),
     record("openvino", "q8_0", 0.0, 50.0, None),
@@ -36,9 +37,10 @@ def test_lines_are_formats_of_larosa_and_other_peers() -> None:
     lines = plot.lines_of(RECORDS)
     names = {line: [point.name for point in points] for line, points in lines.items()}
     assert names == {
-        "larosa, int8": ["0%", "50%"],
-        "larosa, int4": ["50%"],
-        "larosa search, int8": ["50%"],
+        "larosa, int8": ["0", "50"],
+        "larosa, int4": ["50"],
+        "larosa search, int8": ["50"],
+        "torch.compile": ["bf16"],
         "llama.cpp": ["q8_0", "q4_0"],
     }
 
@@ -57,12 +59,12 @@ def test_a_file_is_drawn_with_names_and_units(
     source.write_text(json.dumps({"meta": {}, "records": RECORDS}))
     monkeypatch.setattr(sys, "argv", ["plot", str(source), "-o", str(target)])
     plot.main()
-    assert "6 points in 4 series" in capsys.readouterr().out
+    assert "7 points in 5 series" in capsys.readouterr().out
     root = ElementTree.parse(target).getroot()
     said = [
         re.sub(r"\s+", " ", "".join(element.itertext())).strip() for element in root.iter() if "text" in element.tag
     ]
-    for text in ("llama.cpp", "q4_0", "larosa, int8", "50%", "perplexity"):
+    for text in ("llama.cpp", "q4_0", "larosa, int8: 0, 50 %", "perplexity", "dense, 13.88"):
         assert text in said
     assert any(text.startswith("tokens per second") for text in said)
 
