@@ -1,4 +1,4 @@
-"""Perplexity against tokens per second, drawn from what `benchmarks.peers --json` wrote: one line for a peer's formats.
+"""Perplexity against tokens per second, drawn from what `benchmarks.peers --json` wrote: the price of speed.
 
 Both were measured in one run, on the same tokens. larosa has a line for each recipe and format of weights, along its
 sparsities; any other peer has points, its types of weights. A dashed line is the dense model, as torch.compile runs it:
@@ -63,7 +63,7 @@ def lines_of(records: Sequence[dict[str, Any]]) -> dict[str, list[Point]]:
 def close_to_next(points: Sequence[Point], distance: float) -> list[bool]:
     """Whether each of the points, from slow to fast, is less than so many tokens per second behind the next one."""
     gaps = (after.tokens_per_s - point.tokens_per_s for point, after in pairwise(points))
-    return [gap < distance for gap in gaps] + [False] * bool(points)
+    return [gap < distance for gap in gaps] + [False]
 
 
 def drawn(lines: dict[str, list[Point]], model: str) -> str:
@@ -96,8 +96,8 @@ def drawn(lines: dict[str, list[Point]], model: str) -> str:
                 speeds, losses, xerr=[below, above], linestyle=joined, markersize=5, elinewidth=0.8, label=told, **style
             )
             # names along several curves would meet; theirs are in the legend
-            alone = [] if is_curve else points
-            for point, is_close in zip(alone, close_to_next(alone, CLOSE * fastest), strict=True):
+            alone = [] if is_curve else zip(points, close_to_next(points, CLOSE * fastest), strict=True)
+            for point, is_close in alone:
                 # on either side, so that names of close points stay apart
                 side, offset = ("right", (-5, 4)) if is_close else ("left", (5, -11))
                 axes.annotate(
