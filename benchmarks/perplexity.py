@@ -1,7 +1,7 @@
 """Perplexity of a real model by method, format of weights and sparsity, next to the bytes that each skips.
 
-Windows of `--context` tokens without overlap, through the compiled graph. Protocols: all (every token sparse, all
-next-token losses), first-dense (the first token of each window goes through the dense model, the others go on from its
+Windows of `--context` tokens without overlap, through the compiled graph, all next-token losses. Protocols: all (every
+token sparse), first-dense (the first token of each window goes through the dense model, the others go on from its
 cache), decode (so does the first half, and losses of the second half count). Calibration takes windows from the start
 of its text, of several in turn, evaluation from the middle of its own on, so that one text may serve both; methods that
 end in `-search` choose on the windows between, at the bytes that larosa reads at 50 %.
@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 import larosa_compile
 from benchmarks import assets, measure, methods
 from benchmarks.methods import Run
+from benchmarks.protocols import PROTOCOLS, begun_dense, dense_tokens
 from benchmarks.windows import halves_of, in_turn, paired
 from larosa_compile.evaluation import next_token_losses, perplexity
 from larosa_compile.progress import progress_bar
@@ -39,7 +40,6 @@ from larosa_compile.shares import CountingModel
 
 METHODS = tuple(methods.METHODS)
 SPARSITIES = (0.0, 0.25, 0.4, 0.5)
-PROTOCOLS = ("all", "first-dense", "decode")
 NOTHING = 0.001
 """A difference of sparsities that is none."""
 
@@ -55,19 +55,18 @@ class Tokens:
 
     def losses(self, model: Any, dense: Any, protocol: str) -> list[float]:
         """Nats per token, by window."""
-        first, counted = self.parts(protocol)
-        return next_token_losses(model, self.windows, dense=dense, dense_tokens=first, counted_from=counted)
+        begun = begun_dense(model, dense, protocol)
+        return next_token_losses(begun, self.windows, counted_from=self.counted_from(protocol))
 
-    def parts(self, protocol: str) -> tuple[int, int]:
-        """How many tokens of a window are dense, and the first position whose prediction counts."""
-        half = self.windows[0].shape[1] // 2
-        return {"all": (0, 0), "first-dense": (1, 0), "decode": (half, half)}[protocol]
+    def counted_from(self, protocol: str) -> int:
+        """The first position whose prediction counts."""
+        return dense_tokens(protocol, self.windows[0].shape[1]) if protocol == "decode" else 0
 
     def bits_per_byte(self, losses: list[float], protocol: str) -> float | None:
         """None without a tokenizer."""
         if self.tokenizer is None:
             return None
-        predicted = [window[0, self.parts(protocol)[1] + 1 :] for window in self.windows]
+        predicted = [window[0, self.counted_from(protocol) + 1 :] for window in self.windows]
         count = sum(len(self.tokenizer.decode(tokens).encode()) for tokens in predicted)
         nats = sum(loss * len(tokens) for loss, tokens in zip(losses, predicted, strict=True))
         return nats / math.log(2) / count

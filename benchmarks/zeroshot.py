@@ -3,10 +3,13 @@
 lm_eval's own wrapper of Hugging Face models runs the model, dense and compiled by the backend, on the same questions:
 tasks of lm_eval by name where their data can be had (a hub), and files of multiple-choice questions in BIG-bench's JSON
 format. "acc" is the share of questions whose best answer is the likeliest; "acc_norm" the same with likelihoods
-per byte of the answer. Errors are those of the paired difference to dense. Needs the extra `eval`.
+per byte of the answer. Errors are those of the paired difference to dense. Protocols: all (every token sparse),
+first-dense (the first token of each question goes through the dense model, the others go on from its cache), decode (so
+does the first half). Needs the extra `eval`.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -22,6 +25,7 @@ from transformers import PreTrainedModel
 import larosa_compile
 from benchmarks import assets, measure
 from benchmarks.local_tasks import write_tasks
+from benchmarks.protocols import PROTOCOLS, begun_dense
 from benchmarks.windows import paired, windows_of
 from larosa_compile.recipe import Recipe
 
@@ -51,7 +55,7 @@ def main() -> None:
         names = write_tasks(files, Path(folder)) + [task for task in arguments.tasks if not task.endswith(".json")]
         evaluation = Evaluation(tokenizer, names, Path(folder), arguments.limit, arguments.batch_size)
         described = {"model": arguments.model, "calibration": recipe.calibration["tokens"]}
-        found = measured(model, recipe, arguments.sparsities, evaluation)
+        found = measured(model, recipe, arguments.sparsities, evaluation, arguments.protocols)
         records = measure.recorded(arguments.json, meta, described, found)
     out.print(table(records))
 
@@ -93,24 +97,34 @@ class Evaluation:
 
 
 def measured(
-    model: PreTrainedModel, recipe: Recipe, sparsities: Sequence[float], evaluation: Evaluation
+    model: PreTrainedModel,
+    recipe: Recipe,
+    sparsities: Sequence[float],
+    evaluation: Evaluation,
+    protocols: Sequence[str] = PROTOCOLS[:1],
 ) -> Iterator[dict[str, Any]]:
-    """Records of the dense model, task by task and over all questions, then of each sparsity."""
+    """Records of the dense model, task by task and over all questions, then of each sparsity and protocol."""
     dense = evaluation.scores(model)
-    yield from _records("dense", 0.0, 0.0, dense, dense)
-    for sparsity in sparsities:
+    yield from _records(
+        {"method": "dense", "protocol": "all", "sparsity": 0.0, "bytes_skipped_share": 0.0}, dense, dense
+    )
+    for sparsity, protocol in itertools.product(sparsities, protocols):
         used = recipe.with_sparsity(sparsity)
         skipped = larosa_compile.explain(model, recipe=used).graphs[0].bytes_skipped_share
         torch._dynamo.reset()
         model.compile(backend="larosa", options={"recipe": used})
+        # what `Module.compile` sets is what a call of the module calls
+        compiled: Any = model._compiled_call_impl
+        model._compiled_call_impl = begun_dense(compiled, model._call_impl, protocol)
         try:
             scores = evaluation.scores(model)
         finally:
-            model._compiled_call_impl = None  # what `Module.compile` sets
-        yield from _records("larosa", sparsity, skipped, scores, dense)
+            model._compiled_call_impl = None
+        run = {"method": "larosa", "protocol": protocol, "sparsity": sparsity, "bytes_skipped_share": skipped}
+        yield from _records(run, scores, dense)
 
 
-def _records(method: str, sparsity: float, skipped: float, scores: Scores, dense: Scores) -> Iterator[dict[str, Any]]:
+def _records(run: dict[str, Any], scores: Scores, dense: Scores) -> Iterator[dict[str, Any]]:
     for task in (*scores, ALL):
         for metric in METRICS:
             tasks = [name for name in (scores if task == ALL else [task]) if metric in scores[name]]
@@ -119,12 +133,9 @@ def _records(method: str, sparsity: float, skipped: float, scores: Scores, dense
             if len(found) < 2:
                 continue
             over, error = paired(found, base)
-            yield {
+            yield run | {
                 "task": task,
                 "metric": metric,
-                "method": method,
-                "sparsity": sparsity,
-                "bytes_skipped_share": skipped,
                 "questions": len(found),
                 "accuracy": statistics.mean(found),
                 "over_dense": over,
@@ -134,12 +145,13 @@ def _records(method: str, sparsity: float, skipped: float, scores: Scores, dense
 
 def table(records: list[dict[str, Any]]) -> Table:
     """A line per task and metric; accuracies in percent, differences in points with one standard error."""
-    runs = list(dict.fromkeys((record["method"], record["sparsity"]) for record in records))
+    runs = list(dict.fromkeys((record["method"], record["sparsity"], record["protocol"]) for record in records))
     made = Table(title=f"{records[0]['model']}, zero-shot; calibrated on {records[0]['calibration']} tokens")
     for column in ("task", "metric", "questions"):
         made.add_column(column, justify="right" if column == "questions" else "left", no_wrap=True)
-    for method, sparsity in runs:
-        made.add_column(method if method == "dense" else f"{method} {sparsity:.0%}", justify="right")
+    for method, sparsity, protocol in runs:
+        told = method if method == "dense" else f"{method} {sparsity:.0%}"
+        made.add_column(told if protocol == "all" else f"{told}, {protocol}", justify="right")
     for task, metric in dict.fromkeys((record["task"], record["metric"]) for record in records):
         line = [record for record in records if (record["task"], record["metric"]) == (task, metric)]
         cells = [f"{record['accuracy']:.2%}" for record in line[:1]]
@@ -163,6 +175,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--calibration-windows", type=measure.positive, default=24)
     parser.add_argument("--context", type=measure.positive, default=1024, help="tokens of such a window")
     parser.add_argument("--sparsities", nargs="+", type=measure.sparsity)
+    parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=["all"])
     parser.add_argument("--limit", type=measure.positive, help="questions of each task (default: all)")
     parser.add_argument("--batch-size", type=measure.positive, default=8)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))

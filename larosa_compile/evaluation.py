@@ -7,39 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from larosa_compile.caches import CACHE
-
 SLICE = 2**22
 """Logits that are widened at a time: fresh memory for all of them would cost more than the arithmetic on them."""
 
 
-def next_token_losses(
-    model: Callable[..., Any],
-    batches: Iterable[Tensor],
-    *,
-    dense: Callable[..., Any] | None = None,
-    dense_tokens: int = 0,
-    counted_from: int = 0,
-) -> list[float]:
+def next_token_losses(model: Callable[..., Any], batches: Iterable[Tensor], *, counted_from: int = 0) -> list[float]:
     """Mean cross-entropy in nats of next tokens, one number per batch of token ids [batch, tokens].
 
     Every token is processed in one forward call, so a sparse model is sparse at every token.
 
     Args:
-        dense: what processes the first tokens in place of the model, which goes on from its cache.
-        dense_tokens: how many these are, fewer than `tokens`.
         counted_from: the first position whose prediction counts.
     """
     losses = []
     with torch.no_grad():
         for ids in batches:
-            if dense is None or not dense_tokens:
-                logits = model(input_ids=ids, use_cache=False).logits
-            else:
-                before = dense(input_ids=ids[:, :dense_tokens], use_cache=True)
-                cache = before[CACHE]
-                after = model(input_ids=ids[:, dense_tokens:], **{CACHE: cache}, use_cache=True)
-                logits = torch.cat([before.logits, after.logits], 1)
+            logits = model(input_ids=ids, use_cache=False).logits
             logits, wanted = logits[:, counted_from:-1].flatten(0, 1), ids[:, counted_from + 1 :].flatten()
             rows = max(1, SLICE // logits.shape[-1])
             parts = zip(logits.split(rows), wanted.split(rows), strict=True)
