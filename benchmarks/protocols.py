@@ -12,7 +12,7 @@ from larosa_compile.caches import CACHE
 ALL = "all"
 PROTOCOLS = (ALL, "first-dense", "decode")
 """Every token is sparse; the first goes through the dense model, the others go on from its cache; so does the first
-half, and only the second counts."""
+half."""
 
 
 def dense_tokens(protocol: str, tokens: int) -> int:
@@ -26,7 +26,7 @@ def begun_dense(model: Callable[..., Any], dense: Callable[..., Any], protocol: 
     """
 
     def begun(input_ids: Tensor, **_: Any) -> CausalLMOutput:
-        first = max(1, dense_tokens(protocol, input_ids.shape[1]))  # half of one token is it
+        first = max(1, dense_tokens(protocol, input_ids.shape[1]))  # one token has no half
         before = dense(input_ids=input_ids[:, :first], use_cache=True)
         if first == input_ids.shape[1]:
             return CausalLMOutput(logits=before.logits)
