@@ -3,7 +3,8 @@
 lm_eval's own wrapper of Hugging Face models runs the model, dense and compiled by the backend, on the same questions:
 tasks of lm_eval by name where their data can be had (a hub), and files of multiple-choice questions in BIG-bench's JSON
 format. "acc" is the share of questions whose best answer is the likeliest; "acc_norm" the same with likelihoods
-per byte of the answer. Errors are those of the paired difference to dense. Protocols: all (every token sparse),
+per byte of the answer. Errors are those of the paired difference to dense. Every recipe runs at the sparsity it was
+made for, or at each of `--sparsities`; what it skips is what it promises. Protocols: all (every token sparse),
 first-dense (the first token of each question goes through the dense model, the others go on from its cache), decode (so
 does the first half). Needs the extra `eval`.
 """
@@ -14,6 +15,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +47,18 @@ def main() -> None:
     meta = measure.machine()
     out.print(measure.in_a_line(meta))
     model, tokenizer = assets.load_model(arguments.model, getattr(torch, arguments.dtype))
-    if arguments.recipe:
-        recipe = Recipe.load(arguments.recipe)
+    if arguments.recipes:
+        recipes = [(path.name.partition(".")[0], Recipe.load(path)) for path in arguments.recipes]
     else:
         windows = windows_of(arguments.calibration, tokenizer, arguments.context)[: arguments.calibration_windows]
-        recipe = larosa_compile.calibrate(model, windows, sparsity=0.5)
+        recipes = [("larosa", larosa_compile.calibrate(model, windows, sparsity=0.5))]
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(task) for task in arguments.tasks if task.endswith(".json")]
         names = write_tasks(files, Path(folder)) + [task for task in arguments.tasks if not task.endswith(".json")]
         evaluation = Evaluation(tokenizer, names, Path(folder), arguments.limit, arguments.batch_size)
-        described = {"model": arguments.model, "calibration": recipe.calibration["tokens"]}
-        found = measured(model, recipe, arguments.sparsities, evaluation, arguments.protocols)
-        records = measure.recorded(arguments.json, meta, described, found)
+        runs = planned(recipes, arguments.sparsities, arguments.protocols)
+        found = measured(model, runs, evaluation)
+        records = measure.recorded(arguments.json, meta, {"model": arguments.model}, found)
     out.print(table(records))
 
 
@@ -96,35 +98,46 @@ class Evaluation:
         }
 
 
-def measured(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    sparsities: Sequence[float],
-    evaluation: Evaluation,
-    protocols: Sequence[str] = PROTOCOLS[:1],
-) -> Iterator[dict[str, Any]]:
-    """Records of the dense model, task by task and over all questions, then of each sparsity and protocol."""
+@dataclass(frozen=True)
+class Run:
+    """A recipe, at its own sparsity, and which tokens are sparse (a key of `PROTOCOLS`). name: the recipe's."""
+
+    name: str
+    recipe: Recipe
+    protocol: str = PROTOCOLS[0]
+
+
+def planned(recipes: Sequence[tuple[str, Recipe]], sparsities: Sequence[float], protocols: Sequence[str]) -> list[Run]:
+    """Every recipe, several of which may have one name, at each of the sparsities, or at its own without any."""
+    runs = []
+    for name, recipe in recipes:
+        at = [recipe.with_sparsity(sparsity) for sparsity in sparsities] or [recipe]
+        runs += [Run(name, each, protocol) for each, protocol in itertools.product(at, protocols)]
+    return runs
+
+
+def measured(model: PreTrainedModel, runs: Sequence[Run], evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    """Records of the dense model, task by task and over all questions, then of each run."""
     dense = evaluation.scores(model)
-    yield from _records(
-        {"method": "dense", "protocol": "all", "sparsity": 0.0, "bytes_skipped_share": 0.0}, dense, dense
-    )
-    for sparsity, protocol in itertools.product(sparsities, protocols):
-        used = recipe.with_sparsity(sparsity)
-        skipped = larosa_compile.explain(model, recipe=used).graphs[0].bytes_skipped_share
+    told = {"recipe": None, "method": "dense", "protocol": "all", "sparsity": 0.0, "bytes_skipped_share": 0.0}
+    yield from _records(told, dense, dense)
+    for run in runs:
+        skipped = larosa_compile.explain(model, recipe=run.recipe).graphs[0].bytes_skipped_share
         torch._dynamo.reset()
-        model.compile(backend="larosa", options={"recipe": used})
+        model.compile(backend="larosa", options={"recipe": run.recipe})
         # what `Module.compile` sets is what a call of the module calls
         compiled: Any = model._compiled_call_impl
-        model._compiled_call_impl = begun_dense(compiled, model._call_impl, protocol)
+        model._compiled_call_impl = begun_dense(compiled, model._call_impl, run.protocol)
         try:
             scores = evaluation.scores(model)
         finally:
             model._compiled_call_impl = None
-        run = {"method": "larosa", "protocol": protocol, "sparsity": sparsity, "bytes_skipped_share": skipped}
-        yield from _records(run, scores, dense)
+        told = {"recipe": run.name, "method": run.recipe.method, "protocol": run.protocol}
+        told |= {"sparsity": run.recipe.sparsity, "bytes_skipped_share": skipped}
+        yield from _records(told, scores, dense)
 
 
-def _records(run: dict[str, Any], scores: Scores, dense: Scores) -> Iterator[dict[str, Any]]:
+def _records(told: dict[str, Any], scores: Scores, dense: Scores) -> Iterator[dict[str, Any]]:
     for task in (*scores, ALL):
         for metric in METRICS:
             tasks = [name for name in (scores if task == ALL else [task]) if metric in scores[name]]
@@ -133,7 +146,7 @@ def _records(run: dict[str, Any], scores: Scores, dense: Scores) -> Iterator[dic
             if len(found) < 2:
                 continue
             over, error = paired(found, base)
-            yield run | {
+            yield told | {
                 "task": task,
                 "metric": metric,
                 "questions": len(found),
@@ -145,12 +158,12 @@ def _records(run: dict[str, Any], scores: Scores, dense: Scores) -> Iterator[dic
 
 def table(records: list[dict[str, Any]]) -> Table:
     """A line per task and metric; accuracies in percent, differences in points with one standard error."""
-    runs = list(dict.fromkeys((record["method"], record["sparsity"], record["protocol"]) for record in records))
-    made = Table(title=f"{records[0]['model']}, zero-shot; calibrated on {records[0]['calibration']} tokens")
+    runs = list(dict.fromkeys((record["recipe"], record["sparsity"], record["protocol"]) for record in records))
+    made = Table(title=f"{records[0]['model']}, zero-shot")
     for column in ("task", "metric", "questions"):
         made.add_column(column, justify="right" if column == "questions" else "left", no_wrap=True)
-    for method, sparsity, protocol in runs:
-        told = method if method == "dense" else f"{method} {sparsity:.0%}"
+    for recipe, sparsity, protocol in runs:
+        told = "dense" if recipe is None else f"{recipe} {sparsity:.3g}"
         made.add_column(told if protocol == "all" else f"{told}, {protocol}", justify="right")
     for task, metric in dict.fromkeys((record["task"], record["metric"]) for record in records):
         line = [record for record in records if (record["task"], record["metric"]) == (task, metric)]
@@ -167,21 +180,23 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments with defaults filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="+", help="names of lm_eval's tasks, and files of BIG-bench's format (.json)")
-    parser.add_argument("--quick", action="store_true", help="32 questions of each task, 40 %% only")
+    parser.add_argument("--quick", action="store_true", help="32 questions of each task, one sparsity")
     parser.add_argument("--model", default="smollm2", help="smollm2, a hub name, a folder or a GGUF file")
-    parser.add_argument("--recipe", type=Path, help="by default one is calibrated")
+    parser.add_argument("--recipes", nargs="+", type=Path, default=[], help="by default one is calibrated")
     known = f"{', '.join(assets.TEXTS)}, or a file"
     parser.add_argument("--calibration", default="wiki", help=f"text to calibrate on: {known} (default: wiki)")
     parser.add_argument("--calibration-windows", type=measure.positive, default=24)
     parser.add_argument("--context", type=measure.positive, default=1024, help="tokens of such a window")
-    parser.add_argument("--sparsities", nargs="+", type=measure.sparsity)
+    own = f"the recipes', {', '.join(map(str, SPARSITIES))} without any"
+    parser.add_argument("--sparsities", nargs="+", type=measure.sparsity, default=[], help=f"(default: {own})")
     parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=["all"])
     parser.add_argument("--limit", type=measure.positive, help="questions of each task (default: all)")
     parser.add_argument("--batch-size", type=measure.positive, default=8)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--json", type=Path, help="write the records to this file, anew after every variant")
     arguments = parser.parse_args(argv)
-    arguments.sparsities = arguments.sparsities or ([0.4] if arguments.quick else list(SPARSITIES))
+    if not arguments.recipes and not arguments.sparsities:
+        arguments.sparsities = SPARSITIES[:1] if arguments.quick else SPARSITIES
     arguments.limit = arguments.limit or (32 if arguments.quick else None)
     return arguments
 

@@ -77,13 +77,33 @@ def test_records_are_of_paired_questions(model: PreTrainedModel, recipe: Recipe)
             compiled.append(model._compiled_call_impl is not None)
             return answers[len(compiled) - 1]
 
-    dense, _, sparse, overall = zeroshot.measured(model, recipe, [0.4], Answers())  # type: ignore[arg-type]
+    runs = zeroshot.planned([("made", recipe)], [0.4], ["all"])
+    dense, _, sparse, overall = zeroshot.measured(model, runs, Answers())  # type: ignore[arg-type]
     assert compiled == [False, True] and model._compiled_call_impl is None
     assert (dense["accuracy"], sparse["accuracy"], sparse["over_dense"]) == (0.75, 0.5, -0.25)
     # differences 0, 1, −1, −1: variance 11/12, of a mean of four
     assert sparse["over_dense_error"] == pytest.approx((11 / 12 / 4) ** 0.5)
     assert 0 < sparse["bytes_skipped_share"] < 1
+    assert (dense["recipe"], sparse["recipe"], sparse["method"], sparse["sparsity"]) == (None, "made", "larosa", 0.4)
     assert overall["task"] == zeroshot.ALL and overall["questions"] == 4
+
+
+def test_recipes_run_at_their_own_sparsity_unless_others_are_asked_for(recipe: Recipe) -> None:
+    recipes = [("first", recipe), ("second", recipe.with_sparsity(0.25))]
+    own = zeroshot.planned(recipes, [], ["all", "first-dense"])
+    assert [(run.name, run.recipe.sparsity, run.protocol) for run in own] == [
+        ("first", 0.5, "all"),
+        ("first", 0.5, "first-dense"),
+        ("second", 0.25, "all"),
+        ("second", 0.25, "first-dense"),
+    ]
+    asked = zeroshot.planned(recipes, [0.4, 0.3], ["all"])
+    assert [(run.name, run.recipe.sparsity) for run in asked] == [
+        ("first", 0.4),
+        ("first", 0.3),
+        ("second", 0.4),
+        ("second", 0.3),
+    ]
 
 
 def test_questions_of_bigbench_files() -> None:
