@@ -1,6 +1,7 @@
 """Perplexity against tokens per second, drawn from what `benchmarks.peers --json` wrote: the price of speed.
 
-Both were measured in one run, on the same tokens. larosa has a line for each recipe and format of weights, along its
+Both were measured in one run, on the same tokens; a file is a run, and what several have in common, torch.compile for
+one, says how far their speeds can be compared. larosa has a line for each recipe and format of weights, along its
 sparsities; any other peer has points, its types of weights. A dashed line is the dense model, as torch.compile runs it:
 what lies above it is lost. Lower and further right is better. Needs the extra `report`.
 """
@@ -109,7 +110,7 @@ def drawn(lines: dict[str, list[Point]], model: str) -> str:
                     fontsize=8,
                     color=style["color"],
                 )
-        for point in lines.get(DENSE, []):
+        for point in lines.get(DENSE, [])[:1]:  # every run has it, and its loss is the same
             axes.axhline(
                 point.perplexity, color=MUTED, linestyle="--", linewidth=1, label=f"dense, {point.perplexity:.4g}"
             )

@@ -69,6 +69,11 @@ def test_a_file_is_drawn_with_names_and_units(
     assert any(text.startswith("tokens per second") for text in said)
 
 
+def test_several_runs_have_one_line_for_the_dense_model() -> None:
+    svg = plot.drawn(plot.lines_of([*RECORDS, *RECORDS]), "tiny")
+    assert len(re.findall(r"dense, 13\.88", re.sub(r"<!--.*?-->", "", svg))) == 1
+
+
 @pytest.mark.parametrize("records", [[], [RECORDS[0], RECORDS[1] | {"model": "other"}]])
 def test_nothing_and_several_models_are_refused(records: list[dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match=r"of one model, got (no measurement|other, tiny)"):
