@@ -29,6 +29,7 @@ from torch._inductor import config as inductor_config
 
 import larosa_compile
 from benchmarks import assets, decoding, gguf_files
+from larosa_compile import loading
 from larosa_compile.decoding import decode_seconds
 from larosa_compile.evaluation import next_token_losses
 from larosa_compile.generation import unguarded
@@ -71,7 +72,8 @@ class Torch:
         torch.set_num_threads(job.threads)
         inductor_config.freezing = job.runtime == "frozen"  # Inductor's own kernels for int8 weights need constants
         self._job = job
-        self._model, _ = assets.load_model(job.model, torch.bfloat16)
+        # without the tokenizer, which takes the reader of GGUF files half a minute: a job is in tokens
+        self._model = loading.load_model(assets.source(job.model), torch.bfloat16, "cpu")
         if job.weights == "int8" and job.runtime != "larosa":
             torchao = importlib.import_module("torchao.quantization")
             torchao.quantize_(self._model, torchao.Int8WeightOnlyConfig())

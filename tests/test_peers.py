@@ -11,9 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import assets, measure, peer_runs, peers
+from benchmarks import measure, peer_runs, peers
 from benchmarks.peer_runs import Job
 from benchmarks.peers import Peer, Run
+from larosa_compile import loading
 from larosa_compile.evaluation import next_token_losses, perplexity
 from tests.support.models import tiny_model, token_ids
 
@@ -202,7 +203,7 @@ def test_serving(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_torch_and_larosa_run_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, compiled = tiny_model("llama", num_hidden_layers=1), torch.compile
-    monkeypatch.setattr(assets, "load_model", lambda name, dtype: (model, None))
+    monkeypatch.setattr(loading, "load_model", lambda source, dtype, device: model)
 
     def eager(model: Any, **arguments: Any) -> Any:
         if "backend" not in arguments:
