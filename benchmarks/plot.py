@@ -96,8 +96,9 @@ def drawn(lines: dict[str, list[Point]], model: str) -> str:
             axes.errorbar(
                 speeds, losses, xerr=[below, above], linestyle=joined, markersize=5, elinewidth=0.8, label=told, **style
             )
-            # names along several curves would meet; theirs are in the legend
-            alone = [] if is_curve else zip(points, close_to_next(points, CLOSE * fastest), strict=True)
+            # names along several curves would meet; theirs are in the legend. What several runs have is named once
+            once = list({point.name: point for point in points}.values())
+            alone = [] if is_curve else zip(once, close_to_next(once, CLOSE * fastest), strict=True)
             for point, is_close in alone:
                 # on either side, so that names of close points stay apart
                 side, offset = ("right", (-5, 4)) if is_close else ("left", (5, -11))
