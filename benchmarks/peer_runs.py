@@ -72,7 +72,7 @@ class Torch:
         torch.set_num_threads(job.threads)
         inductor_config.freezing = job.runtime == "frozen"  # Inductor's own kernels for int8 weights need constants
         self._job = job
-        # without the tokenizer, which takes the reader of GGUF files half a minute: a job is in tokens
+        # without the tokenizer, which takes a quarter of a minute of a GGUF file: a job is in tokens
         self._model = loading.load_model(assets.source(job.model), torch.bfloat16, "cpu")
         if job.weights == "int8" and job.runtime != "larosa":
             torchao = importlib.import_module("torchao.quantization")

@@ -67,6 +67,11 @@ def close_to_next(points: Sequence[Point], distance: float) -> list[bool]:
     return [gap < distance for gap in gaps] + [False]
 
 
+def once_each(points: Sequence[Point]) -> list[Point]:
+    """Of the points of one name the fastest, from slow to fast."""
+    return sorted({point.name: point for point in points}.values(), key=lambda point: point.tokens_per_s)
+
+
 def drawn(lines: dict[str, list[Point]], model: str) -> str:
     """The figure as SVG.
 
@@ -97,7 +102,7 @@ def drawn(lines: dict[str, list[Point]], model: str) -> str:
                 speeds, losses, xerr=[below, above], linestyle=joined, markersize=5, elinewidth=0.8, label=told, **style
             )
             # names along several curves would meet; theirs are in the legend. What several runs have is named once
-            once = list({point.name: point for point in points}.values())
+            once = once_each(points)
             alone = [] if is_curve else zip(once, close_to_next(once, CLOSE * fastest), strict=True)
             for point, is_close in alone:
                 # on either side, so that names of close points stay apart

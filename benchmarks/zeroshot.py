@@ -100,11 +100,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe, at its own sparsity, and which tokens are sparse (a key of `PROTOCOLS`). name: the recipe's."""
+    """A recipe, at its own sparsity, and which tokens are sparse (one of `PROTOCOLS`). name: the recipe's."""
 
     name: str
     recipe: Recipe
-    protocol: str = PROTOCOLS[0]
+    protocol: str
 
 
 def planned(recipes: Sequence[tuple[str, Recipe]], sparsities: Sequence[float], protocols: Sequence[str]) -> list[Run]:
@@ -119,7 +119,8 @@ def planned(recipes: Sequence[tuple[str, Recipe]], sparsities: Sequence[float], 
 def measured(model: PreTrainedModel, runs: Sequence[Run], evaluation: Evaluation) -> Iterator[dict[str, Any]]:
     """Records of the dense model, task by task and over all questions, then of each run."""
     dense = evaluation.scores(model)
-    told = {"recipe": None, "method": "dense", "protocol": "all", "sparsity": 0.0, "bytes_skipped_share": 0.0}
+    told = {"recipe": None, "calibration": None, "method": "dense", "protocol": "all"}
+    told |= {"sparsity": 0.0, "bytes_skipped_share": 0.0}
     yield from _records(told, dense, dense)
     for run in runs:
         skipped = larosa_compile.explain(model, recipe=run.recipe).graphs[0].bytes_skipped_share
@@ -132,7 +133,8 @@ def measured(model: PreTrainedModel, runs: Sequence[Run], evaluation: Evaluation
             scores = evaluation.scores(model)
         finally:
             model._compiled_call_impl = None
-        told = {"recipe": run.name, "method": run.recipe.method, "protocol": run.protocol}
+        told = {"recipe": run.name, "calibration": run.recipe.calibration["tokens"]}
+        told |= {"method": run.recipe.method, "protocol": run.protocol}
         told |= {"sparsity": run.recipe.sparsity, "bytes_skipped_share": skipped}
         yield from _records(told, scores, dense)
 
@@ -158,15 +160,16 @@ def _records(told: dict[str, Any], scores: Scores, dense: Scores) -> Iterator[di
 
 def table(records: list[dict[str, Any]]) -> Table:
     """A line per task and metric; accuracies in percent, differences in points with one standard error."""
-    runs = list(dict.fromkeys((record["recipe"], record["sparsity"], record["protocol"]) for record in records))
     made = Table(title=f"{records[0]['model']}, zero-shot")
     for column in ("task", "metric", "questions"):
         made.add_column(column, justify="right" if column == "questions" else "left", no_wrap=True)
-    for recipe, sparsity, protocol in runs:
-        told = "dense" if recipe is None else f"{recipe} {sparsity:.3g}"
-        made.add_column(told if protocol == "all" else f"{told}, {protocol}", justify="right")
-    for task, metric in dict.fromkeys((record["task"], record["metric"]) for record in records):
-        line = [record for record in records if (record["task"], record["metric"]) == (task, metric)]
+    lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        lines.setdefault((record["task"], record["metric"]), []).append(record)
+    for record in next(iter(lines.values())):  # every line has the same runs, of which two may have one name
+        told = "dense" if record["recipe"] is None else f"{record['recipe']} {100 * record['sparsity']:.3g} %"
+        made.add_column(told if record["protocol"] == "all" else f"{told}, {record['protocol']}", justify="right")
+    for (task, metric), line in lines.items():
         cells = [f"{record['accuracy']:.2%}" for record in line[:1]]
         cells += [
             f"{record['accuracy']:.2%} ({100 * record['over_dense']:+.2f} ± {100 * record['over_dense_error']:.2f})"

@@ -85,7 +85,19 @@ def test_records_are_of_paired_questions(model: PreTrainedModel, recipe: Recipe)
     assert sparse["over_dense_error"] == pytest.approx((11 / 12 / 4) ** 0.5)
     assert 0 < sparse["bytes_skipped_share"] < 1
     assert (dense["recipe"], sparse["recipe"], sparse["method"], sparse["sparsity"]) == (None, "made", "larosa", 0.4)
+    assert (dense["calibration"], sparse["calibration"]) == (None, recipe.calibration["tokens"])
     assert overall["task"] == zeroshot.ALL and overall["questions"] == 4
+
+
+def test_the_table_has_a_column_for_every_run() -> None:
+    """Recipes of one name and sparsity, from two folders, once had one column for two cells."""
+    dense = {"recipe": None, "sparsity": 0.0, "protocol": "all", "accuracy": 0.5, "questions": 4, "model": "tiny"}
+    sparse = dense | {"recipe": "made", "sparsity": 0.4, "over_dense": 0.0, "over_dense_error": 0.0}
+    runs = [dense, sparse, sparse, sparse | {"protocol": "first-dense"}]
+    made = zeroshot.table([run | {"task": "made", "metric": "acc"} for run in runs])
+    names = [column.header for column in made.columns]
+    assert names[3:] == ["dense", "made 40 %", "made 40 %", "made 40 %, first-dense"]
+    assert made.row_count == 1
 
 
 def test_recipes_run_at_their_own_sparsity_unless_others_are_asked_for(recipe: Recipe) -> None:

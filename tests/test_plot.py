@@ -69,6 +69,13 @@ def test_a_file_is_drawn_with_names_and_units(
     assert any(text.startswith("tokens per second") for text in said)
 
 
+def test_points_of_one_name_stay_in_order() -> None:
+    points = [
+        plot.Point(name, speed, (speed, speed), 1.0) for name, speed in (("q4", 28.0), ("q8", 30.0), ("q4", 60.0))
+    ]
+    assert plot.once_each(points) == [points[1], points[2]]
+
+
 def test_several_runs_have_one_line_for_the_dense_model_and_name_points_once() -> None:
     svg = plot.drawn(plot.lines_of([*RECORDS, *RECORDS]), "tiny")
     drawn = re.sub(r"<!--.*?-->", "", svg)
